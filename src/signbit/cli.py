@@ -1,0 +1,430 @@
+"""The command line: one command a verb, each generated from a frozen dataclass; torch is imported by a verb's body."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from signbit.errors import OptionError, SignbitError
+from signbit.version import VERSION
+
+if TYPE_CHECKING:
+    from signbit.models import Report
+
+#: Exit statuses: 1 an error that a message explains, 2 a command line that does not parse, 130 Ctrl-C.
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a model runs."""
+
+    device: str = "cpu"
+    """Device of torch: cpu, cuda, cuda:1 …"""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Dtype of activations and unpacked tensors; auto is float32 on a CPU and as stored elsewhere."""
+    activations: Literal["exact", "int8"] = "exact"
+    """exact: activations stay float. int8: packed layers and an int8 head take 8-bit activations, one scale a token."""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Make a packed 1-bit directory of a full-precision model."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Hugging Face model directory or hub id."""
+    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="OUT")] = None
+    """Directory to write."""
+    method: str = "absmean"
+    """Method; its own options are listed below (see --method NAME --help for another's)."""
+    head: Literal["keep", "int8"] = "keep"
+    """Embedding and output head: keep them as they are, or store them in int8."""
+    keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of layer names to keep as they are, whole dotted parts (layers.0, mlp.*_proj); may be repeated."""
+    allow_partial: bool = False
+    """Accept a result in which under 90 % of the blocks' parameters are binarized."""
+    dry_run: bool = False
+    """Show what would be converted, sizes, true bits and memory; read no weight, write nothing."""
+    overwrite: bool = False
+    """Replace OUT if it is a model directory."""
+    device: str = "cpu"
+    """Device on which layers are quantized."""
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Show the true size of a packed directory: bits per weight, bits per parameter, bytes, salient share."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Packed directory."""
+    layers: bool = False
+    """One line a layer instead of one a kind."""
+    json: str | None = None
+    """Also write everything to this JSON file."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Measure perplexity by named protocols."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Packed or full-precision model."""
+    ppl: str = "wikitext2"
+    """Protocols or text files (.txt, .jsonl), divided by commas; see `signbit eval --list`."""
+    against: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Another model to measure beside it, the full-precision one for example; may be repeated."""
+    data_dir: str | None = None
+    """Directory of local files in place of the hub (wikitext2/wiki.test.raw …)."""
+    json: str | None = None
+    """Also write the results to this JSON file."""
+    max_windows: int | None = None
+    """Stop after this many windows; the result says so."""
+    list: bool = False
+    """List the protocols and exit."""
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Continue a text, streamed."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Packed or full-precision model."""
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
+    """Text to continue; - reads it from the standard input."""
+    chat: bool = False
+    """Put the prompt through the chat template, as one message of a user."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Talk to a model through its chat template."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Packed or full-precision model."""
+    system: str | None = None
+    """System message that the conversation begins with."""
+
+
+def _parse(verb: str, argv: Sequence[str], base: type, **parts: type) -> Any:
+    """The options of `base` plus those of the dataclasses `parts`, flat on the command line."""
+    cls = make_dataclass(base.__name__, list(parts.items()), bases=(base,), frozen=True, kw_only=True)
+    cls.__doc__ = base.__doc__
+    return tyro.cli(
+        cls,
+        args=list(argv),
+        prog=f"signbit {verb}",
+        description=base.__doc__,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _quiet() -> None:
+    """transformers' own progress bars go; its warnings stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _progress(total_label: str) -> tuple[Any, Callable[[int, int, str], None]]:
+    from tqdm import tqdm
+
+    bar: Any = tqdm(desc=total_label, unit="layer", file=sys.stderr, disable=None, leave=False)
+
+    def step(done: int, total: int, name: str) -> None:
+        bar.total = total
+        bar.set_postfix_str(name, refresh=False)
+        bar.update(done - bar.n)
+
+    return bar, step
+
+
+def _table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for people; numbers to the right. A pipe gets lines as wide as they need."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _print_report(report: Report) -> None:
+    rows = [
+        (line.name, str(line.layers), line.action, line.why, line.bits, _bytes(line.nbytes) if line.nbytes else "")
+        for line in report.summary()
+    ]
+    _table(None, ("layers", "count", "what", "why", "true bits", "packed"), rows)
+    print(f"{report.share:.1%} of the repeated blocks' parameters are binarized", end="")
+    print(f", at {report.bits_per_weight:.3f} true bits per weight" if report.binarized else "")
+
+
+def _write_json(path: str | None, value: Any) -> None:
+    if path is not None:
+        try:
+            Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"--json {path} cannot be written ({error.strerror})") from error
+
+
+def _option_value(argv: Sequence[str], flag: str, default: str) -> str:
+    """The value of `flag` before the rest is parsed, because it decides what the rest may be."""
+    for index, word in enumerate(argv):
+        if word == flag and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return default
+
+
+def quantize(argv: Sequence[str]) -> None:
+    """`signbit quantize`."""
+    from signbit.methods import METHODS
+    from signbit.methods.base import find_method
+
+    name = _option_value(argv, "--method", "absmean")
+    args = _parse("quantize", argv, QuantizeOptions, **{name: find_method(METHODS, name).options})
+
+    from signbit import format as packed_format
+    from signbit import ptq
+    from signbit.hub.config import SignbitConfig
+    from signbit.hub.load import load_source, load_tokenizer
+    from signbit.hub.quantizer import quantize_
+    from signbit.hub.save import save
+
+    _quiet()
+    config = SignbitConfig(args.method, args.head, args.keep, args.allow_partial, **asdict(getattr(args, name)))
+    if args.dry_run:
+        model = load_source(args.model, skeleton=True)
+        report = ptq.plan(model, config.options, config.keep, config.allow_partial, int8_head=config.head == "int8")
+        _print_report(report)
+        need = ptq.memory(model, report)
+        print(f"weights: {_bytes(need.dense_bytes)} now, about {_bytes(need.packed_bytes)} packed")
+        print(
+            f"memory needed: about {_bytes(need.peak_bytes)} (the model and the largest layer's working copies; "
+            "Python, torch and transformers take some 300 MB more)"
+        )
+        print("nothing was written (--dry-run)")
+        return
+    if args.out is None:
+        raise OptionError("where to? give -o OUT, or --dry-run to see what would be done")
+    target = packed_format.check_target(args.out, args.overwrite)
+    if target == Path(args.model).absolute():
+        raise OptionError(f"OUT is the source model {args.model} itself; give another directory")
+    model = load_source(args.model, args.device)
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(args.model)
+    except SignbitError as error:
+        print(f"note: {error}; {args.out} will have no tokenizer", file=sys.stderr)
+    bar, step = _progress("quantizing")
+    with bar:
+        report = quantize_(model, config, step)
+    command = shlex.join(["signbit", "quantize", *argv])
+    path = save(model.cpu(), target, tokenizer, report, args.model, command, args.overwrite)
+    _print_report(report)
+    print(f"wrote {path}; see `signbit info {args.out}`")
+
+
+def info(argv: Sequence[str]) -> None:
+    """`signbit info`."""
+    args = _parse("info", argv, InfoOptions)
+    from signbit.evaluate.size import measure_size
+
+    size = measure_size(args.model)
+    rows: list[tuple[str, ...]]
+    if args.layers:
+        rows = [
+            (
+                layer.name, f"{layer.out_features} × {layer.in_features}", f"{layer.bits_per_weight:.3f}",
+                f"{layer.salient:.1%}", _bytes(layer.nbytes),
+            )
+            for layer in size.layers
+        ]  # fmt: skip
+        _table(None, ("layer", "shape", "true bits", "salient", "bytes"), rows)
+    else:
+        rows = [
+            (kind.name, str(kind.layers), kind.shape, kind.bits, f"{kind.salient:.1%}", _bytes(kind.nbytes))
+            for kind in size.kinds()
+        ]
+        _table(None, ("layers", "count", "shape", "true bits", "salient", "bytes"), rows)
+    options = ", ".join(f"{key}={value}" for key, value in size.settings.get("options", {}).items())
+    print(f"method                          {size.settings.get('method', 'unknown')} ({options})")
+    print(f"true bits per packed weight     {size.bits_per_weight:.3f}")
+    print(f"whole file, bits per parameter  {size.bits_per_parameter:.3f}")
+    print(f"parameters                      {size.parameters:,}")
+    print(f"bytes of the weight files       {size.file_bytes:,}")
+    print(
+        f"16-bit model would be           {2 * size.parameters:,}  ({1 - size.file_bytes / size.parameters / 2:.1%} saved)"
+    )
+    _write_json(args.json, size.to_dict())
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`signbit eval`."""
+    if "--list" in argv:
+        from signbit.data import PROTOCOLS
+
+        for name, protocol in PROTOCOLS.items():
+            print(f"{name:14} {protocol.help}")
+        return
+    from signbit.evaluate.perplexity import TextOptions
+
+    args = _parse("eval", argv, EvalOptions, text=TextOptions, run=RunOptions)
+    from tqdm import tqdm
+
+    from signbit.evaluate.perplexity import check, perplexity
+    from signbit.hub.load import load_any, load_tokenizer
+    from signbit.linear import set_activations
+
+    _quiet()
+    names = [name.strip() for name in args.ppl.split(",") if name.strip()]
+    for name in names:
+        check(name, args.data_dir, args.text)
+    results: list[dict[str, Any]] = []
+    for model_name in (args.model, *args.against):
+        model = load_any(model_name, args.run.dtype, args.run.device)
+        tokenizer = load_tokenizer(model_name)
+        set_activations(model, args.run.activations)
+        for name in names:
+            with tqdm(desc=f"{Path(model_name).name} {name}", unit="window", disable=None, leave=False) as bar:
+
+                def step(done: int, total: int, value: float, bar: Any = bar) -> None:
+                    bar.total = total
+                    bar.set_postfix_str(f"ppl {value:.2f}", refresh=False)
+                    bar.update(done - bar.n)
+
+                result = perplexity(
+                    model, tokenizer, name, args.data_dir, args.text, args.max_windows, args.run.activations, step
+                )
+            results.append({"model": model_name, **result.to_dict()})
+        del model
+    anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (args.against or ("",))[-1]}
+    rows = [
+        (
+            r["model"], r["protocol"], f"{r['perplexity']:.4g}" if r["perplexity"] >= 1e4 else f"{r['perplexity']:.3f}",
+            f"{r['perplexity'] / anchors[r['protocol']]:.3g} ×" if r["protocol"] in anchors else "",
+            f"{r['windows']} × {r['window']}", f"{r['dtype']}, {r['activations']}", f"{r['seconds_s']:.0f} s",
+        )
+        for r in results
+    ]  # fmt: skip
+    last = f"of {args.against[-1]}" if args.against else ""
+    _table(None, ("model", "protocol", "perplexity", last, "windows", "run", "time"), rows)
+    _write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), "results": results})
+
+
+def generate(argv: Sequence[str]) -> None:
+    """`signbit generate`."""
+    from signbit.serve.generate import GenerateOptions
+
+    args = _parse("generate", argv, PromptOptions, sampling=GenerateOptions, run=RunOptions)
+    from signbit.serve.generate import generate as continue_text
+
+    model, tokenizer = _load_to_run(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if not args.chat:
+        show(prompt)
+    messages = [{"role": "user", "content": prompt}] if args.chat else prompt
+    result = continue_text(model, tokenizer, messages, args.sampling, show)
+    print()
+    print(
+        f"[{result.new_tokens} tokens in {result.seconds_s:.1f} s; {result.decode_tokens_per_s:.1f} tokens/s after "
+        f"the first{'; stopped' if result.stopped else ''}]",
+        file=sys.stderr,
+    )
+
+
+def chat(argv: Sequence[str]) -> None:
+    """`signbit chat`."""
+    from signbit.serve.generate import GenerateOptions
+
+    args = _parse("chat", argv, ChatOptions, sampling=GenerateOptions, run=RunOptions)
+    from signbit.serve.chat import chat as talk
+
+    model, tokenizer = _load_to_run(args)
+    talk(model, tokenizer, args.sampling, args.system)
+
+
+def _load_to_run(args: Any) -> tuple[Any, Any]:
+    from signbit.hub.load import load_any, load_tokenizer
+    from signbit.linear import set_activations
+
+    _quiet()
+    model = load_any(args.model, args.run.dtype, args.run.device)
+    set_activations(model, args.run.activations)
+    return model, load_tokenizer(args.model)
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
+    "quantize": (quantize, QuantizeOptions),
+    "info": (info, InfoOptions),
+    "eval": (evaluate, EvalOptions),
+    "generate": (generate, PromptOptions),
+    "chat": (chat, ChatOptions),
+}
+
+
+def _help() -> str:
+    lines = [f"  {verb:10} {options.__doc__}" for verb, (_, options) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: signbit VERB ...   (signbit VERB --help lists the options of a verb)",
+            "",
+            "1-bit language models: made from any Hugging Face decoder, packed, run and measured.",
+            "",
+            *lines,
+            "",
+            "  --version  Show the version.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else EXIT_USAGE
+    if argv[0] in ("--version", "version"):
+        print(f"signbit {VERSION}")
+        return 0
+    if argv[0] not in VERBS:
+        print(
+            f"signbit: there is no verb {argv[0]!r}; there are {', '.join(VERBS)} (see signbit --help)", file=sys.stderr
+        )
+        return EXIT_USAGE
+    try:
+        VERBS[argv[0]][0](argv[1:])
+    except SignbitError as error:
+        print(f"signbit: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("signbit: interrupted; nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_ERROR
+    return 0

@@ -1,0 +1,218 @@
+"""Perplexity by protocols that have names."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from signbit.data import PROTOCOLS, Protocol, read_protocol, read_text_file
+from signbit.errors import DataError, OptionError, WeightError
+
+#: Called after each window with (windows done, windows in all, perplexity so far).
+Progress = Callable[[int, int, float], None]
+_LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a text of one's own is cut; a named protocol fixes all of it."""
+
+    window: int = 2048
+    """Tokens a window."""
+    stride: int | None = None
+    """Tokens from one window to the next; the tokens shared with the window before are context only. Default: window."""
+    bos: bool = False
+    """Put the beginning-of-sequence token before each window."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A measured perplexity, exp(mean negative log-likelihood in nats), and everything that it depends on."""
+
+    protocol: str
+    """The protocol's name, and in words where less than all of it was measured."""
+    perplexity: float
+    nll: float
+    windows: int
+    predicted_tokens: int
+    window: int
+    stride: int
+    bos: bool
+    source: str
+    dtype: str
+    device: str
+    activations: str
+    seconds_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    # The tokenizer warns that a whole corpus is longer than the model's context; it is cut into windows below.
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    result: Tensor = ids.long()
+    return result
+
+
+def _random_windows(tokenizer: Any, documents: tuple[str, ...], count: int, window: int) -> list[Tensor]:
+    """`count` windows at random offsets of random documents longer than one window, seed 0, as published."""
+    generator = random.Random(0)
+    cache: dict[int, Tensor] = {}
+    # A token is at least one byte, so that most documents need not be tokenized.
+    long = [index for index, document in enumerate(documents) if len(document.encode()) > window]
+    if not any(len(cache.setdefault(i, _tokens(tokenizer, documents[i]))) > window for i in long):
+        raise DataError(f"no document is longer than one window of {window} tokens")
+    chosen: list[Tensor] = []
+    while len(chosen) < count:
+        index = generator.randint(0, len(documents) - 1)
+        if index not in long:
+            continue
+        ids = cache.setdefault(index, _tokens(tokenizer, documents[index]))
+        if len(ids) > window:
+            start = generator.randint(0, len(ids) - window - 1)
+            chosen.append(ids[start : start + window])
+    return chosen
+
+
+def _windows(ids: Tensor, window: int, stride: int, bos: int | None) -> list[tuple[Tensor, int]]:
+    """Windows of `ids` and how many of their first tokens are context only; the rest after the last window is left."""
+    body = window - (bos is not None)
+    cut: list[tuple[Tensor, int]] = []
+    for start in range(0, len(ids) - body + 1, stride):
+        piece = ids[start : start + body]
+        context = 0 if start == 0 else body - stride
+        if bos is not None:
+            piece = torch.cat([piece.new_tensor([bos]), piece])
+            context += context > 0
+        cut.append((piece, context))
+    return cut
+
+
+@torch.inference_mode()
+def _window_nll(model: Any, ids: Tensor, context: int) -> tuple[float, int]:
+    """Sum of −ln p over the predicted tokens of one window, and their number."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    targets = ids[1:]
+    first = max(context - 1, 0)
+    total = 0.0
+    # In pieces: float32 copies of 2048 × 150k logits would take more memory than the model.
+    for begin in range(first, len(targets), _LOGIT_ROWS):
+        rows = slice(begin, begin + _LOGIT_ROWS)
+        total += F.cross_entropy(logits[rows].float(), targets[rows], reduction="sum").item()
+    return total, len(targets) - first
+
+
+def check(name: str, data_dir: str | Path | None = None, options: TextOptions | None = None) -> None:
+    """Raises DataError or OptionError, before any model is loaded, if `name` and `options` cannot be measured."""
+    protocol = PROTOCOLS.get(name)
+    chosen = options or TextOptions()
+    if protocol is None:
+        read_text_file(name)
+    elif chosen != TextOptions():
+        raise OptionError(
+            f"--window, --stride and --bos are for texts of your own; {name} is windows of {protocol.window} "
+            "without a beginning-of-sequence token, else it would not be that protocol"
+        )
+    elif data_dir is not None:
+        read_protocol(protocol, data_dir)
+    stride = chosen.window if chosen.stride is None else chosen.stride
+    if chosen.window < 2 or not 1 <= stride <= chosen.window:
+        raise OptionError(
+            f"a window of {chosen.window} tokens with a stride of {stride}: 1 ≤ stride ≤ window is needed"
+        )
+
+
+def _prepare(
+    name: str, tokenizer: Any, data_dir: str | Path | None, options: TextOptions | None
+) -> tuple[list[tuple[Tensor, int]], str, str, TextOptions]:
+    """Windows with their context, label, source and the options in force."""
+    check(name, data_dir, options)
+    protocol: Protocol | None = PROTOCOLS.get(name)
+    if protocol is None:
+        chosen = options or TextOptions()
+        text = read_text_file(name)
+        joined, label = "\n\n".join(text.documents), Path(name).name
+    else:
+        chosen = TextOptions(window=protocol.window)
+        text = read_protocol(protocol, data_dir)
+        joined, label = protocol.joiner.join(text.documents), name
+        if len(text.documents) < protocol.documents:
+            label = f"{name}, {len(text.documents)} of {protocol.documents} documents"
+    stride = chosen.window if chosen.stride is None else chosen.stride
+    bos = None
+    if chosen.bos:
+        bos = tokenizer.bos_token_id
+        if bos is None:
+            raise OptionError("--bos was asked for, but the tokenizer has no beginning-of-sequence token")
+    if protocol is not None and protocol.random_windows is not None:
+        cut = _random_windows(tokenizer, text.documents, protocol.random_windows, chosen.window)
+        return [(piece, 0) for piece in cut], label, text.source, replace(chosen, stride=stride)
+    ids = _tokens(tokenizer, joined)
+    if protocol is not None and protocol.max_tokens is not None:
+        ids = ids[: protocol.max_tokens]
+    windows = _windows(
+        ids, chosen.window, chosen.window - 1 if bos is not None and stride == chosen.window else stride, bos
+    )
+    if not windows:
+        raise DataError(
+            f"{text.source} has {len(ids)} tokens, fewer than one window of {chosen.window}; use a smaller --window"
+        )
+    return windows, label, text.source, replace(chosen, stride=stride)
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    data_dir: str | Path | None = None,
+    options: TextOptions | None = None,
+    max_windows: int | None = None,
+    activations: str = "exact",
+    progress: Progress | None = None,
+) -> Perplexity:
+    """exp of the mean negative log-likelihood over the windows of a text, each window on its own.
+
+    `name` is a protocol of `signbit.data.PROTOCOLS` or the path of a text or jsonl file; `options` are for the latter.
+    `max_windows` stops early, and the result says so. Raises DataError or OptionError for texts and options that do
+    not fit, WeightError if the model's logits are NaN.
+    """
+    windows, label, source, chosen = _prepare(name, tokenizer, data_dir, options)
+    if max_windows is not None and max_windows < len(windows):
+        if max_windows < 1:
+            raise OptionError(f"--max-windows is {max_windows}; at least 1 window is needed")
+        label = f"{label}, first {max_windows} of {len(windows)} windows"
+        windows = windows[:max_windows]
+    device = next(model.parameters()).device
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and chosen.window > limit:
+        raise OptionError(
+            f"the model has {limit} positions, fewer than the window of {chosen.window} tokens of {label}"
+        )
+    begin, total, count = time.perf_counter(), 0.0, 0
+    for done, (ids, context) in enumerate(windows, start=1):
+        nll, tokens = _window_nll(model, ids.to(device), context)
+        if nll != nll:
+            raise WeightError(f"window {done} of {label}: the model's logits are NaN")
+        total, count = total + nll, count + tokens
+        if progress is not None:
+            progress(done, len(windows), _exp(total / count))
+    assert chosen.stride is not None
+    return Perplexity(
+        label, _exp(total / count), total / count, len(windows), count, chosen.window, chosen.stride, chosen.bos,
+        source, str(model.dtype).removeprefix("torch."), str(device), activations, time.perf_counter() - begin,
+    )  # fmt: skip
+
+
+def _exp(nll: float) -> float:
+    """exp, infinite where a float64 is not enough."""
+    return float(torch.tensor(nll, dtype=torch.float64).exp())

@@ -1,0 +1,27 @@
+"""The packed directory on disk (docs/format.md): its description, one writer, one reader. Knows no transformers."""
+
+from signbit.format.description import FORMAT_VERSION, Description, Int8Spec
+from signbit.format.reader import (
+    TensorHeader,
+    headers_sha256,
+    read_description,
+    read_headers,
+    verify,
+    weight_files,
+)
+from signbit.format.writer import check_target, tensors_sha256, write
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Description",
+    "Int8Spec",
+    "TensorHeader",
+    "check_target",
+    "headers_sha256",
+    "read_description",
+    "read_headers",
+    "tensors_sha256",
+    "verify",
+    "weight_files",
+    "write",
+]

@@ -1,0 +1,122 @@
+"""Writing a packed directory: everything to a temporary name, then one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from signbit.errors import FormatError
+
+#: The size at which transformers' save_pretrained begins another file; the same here, so that both write equal files.
+SHARD_BYTES = 50_000_000_000
+_SAFETENSORS_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all tensors: for each, by name, "name\\0dtype\\0shape\\0" and its bytes (docs/format.md)."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        shape = ",".join(map(str, tensor.shape))
+        digest.update(f"{name}\0{_SAFETENSORS_NAMES[tensor.dtype]}\0{shape}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_target(out: str | Path, overwrite: bool) -> Path:
+    """The absolute path of OUT; raises FormatError if something is there that may not be replaced."""
+    path = Path(out).absolute()
+    if path.is_symlink() or path.is_file():
+        raise FormatError(f"{out} is a file or a link; give the name of a directory that signbit may make")
+    if not path.exists() or not any(path.iterdir()):
+        return path
+    if not overwrite:
+        raise FormatError(f"{out} exists; give another -o, or --overwrite to replace it")
+    if not (path / "config.json").exists():
+        raise FormatError(
+            f"{out} holds no config.json, so it is no model; signbit will not replace it: delete it yourself"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A new directory beside `out`, removed if the block fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for stale in out.parent.glob(f".{out.name}.partial-*"):
+        pid = stale.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(stale, ignore_errors=True)
+    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_directory(staging: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    existed = out.exists()
+    if existed:
+        out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        if existed:
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write(out: str | Path, tensors: Mapping[str, Tensor], files: Mapping[str, bytes], overwrite: bool = False) -> Path:
+    """Writes a directory of `tensors` (safetensors, in shards where large) and `files` (name → content), or nothing.
+
+    `files` holds config.json, the auto_map module, tokenizer files and the card as the caller made them. All is
+    written to a temporary directory beside `out` and renamed once it is complete; what stood at `out` stays until
+    then. Raises FormatError if `out` may not be replaced or the disk is full.
+    """
+    path = check_target(out, overwrite)
+    need = sum(t.numel() * t.element_size() for t in tensors.values()) + sum(map(len, files.values()))
+    try:
+        with _staging(path) as staging:
+            free = shutil.disk_usage(staging).free
+            if free < need:
+                raise OSError(errno.ENOSPC, f"{need} bytes are needed, {free} are free")
+            split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
+            for file_name, names in split.filename_to_tensors.items():
+                shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
+                save_file(shard, staging / file_name, metadata={"format": "pt"})
+            if split.is_sharded:
+                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+                content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+                (staging / "model.safetensors.index.json").write_text(content)
+            for name, content_bytes in files.items():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).write_bytes(content_bytes)
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
+            _replace_directory(staging, path)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(
+            f"{out} could not be written ({error}); nothing was changed there. Free space or give another -o"
+        ) from error
+    return path

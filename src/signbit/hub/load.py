@@ -1,0 +1,122 @@
+"""Loading models, packed or not, with errors that a user can act on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from signbit import format as packed_format
+from signbit.errors import FormatError, OptionError, SignbitError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def _check_directory(model: str) -> None:
+    """Raises FormatError where `model` is meant as a directory and is not one of a model."""
+    path = Path(model)
+    if path.is_file():
+        raise FormatError(f"{model} is a file; give a Hugging Face model directory or a hub id")
+    if path.is_dir() and not (path / "config.json").exists():
+        empty = "is empty" if not any(path.iterdir()) else "has no config.json"
+        raise FormatError(f"the directory {model} {empty}; give a Hugging Face model directory or a hub id")
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_local and not path.exists():
+        raise FormatError(f"there is no directory {model}; give a Hugging Face model directory or a hub id")
+
+
+def _explain(model: str, error: Exception) -> FormatError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return FormatError(f"{model} could not be loaded: {first}")
+
+
+def _is_packed(model: str) -> bool:
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (config.get("quantization_config") or {}).get("quant_method") == "signbit"
+
+
+def _torch_dtype(dtype: str, device: str) -> Any:
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if dtype == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else "auto"
+    return getattr(torch, dtype)
+
+
+def _torch_device(device: str) -> str:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(
+            f"the device {device!r} cannot be used here ({str(error).splitlines()[0]}); use cpu"
+        ) from None
+    return device
+
+
+def load(out: str | Path, **kwargs: Any) -> Any:
+    """A packed directory as a transformers model: `AutoModelForCausalLM.from_pretrained` after its checks.
+
+    Raises FormatError if `out` is no packed directory, is damaged or of a newer version.
+    """
+    packed_format.read_description(out)
+    packed_format.weight_files(out)
+    return AutoModelForCausalLM.from_pretrained(str(out), **kwargs)
+
+
+def load_any(model: str, dtype: str = "auto", device: str = "cpu") -> Any:
+    """A packed or a full-precision model in evaluation mode; dtype "auto" is float32 on a CPU, else as stored.
+
+    Raises FormatError, OptionError for what cannot be loaded, with the reason.
+    """
+    torch_dtype, device = _torch_dtype(dtype, device), _torch_device(device)
+    _check_directory(model)
+    try:
+        loaded = (
+            load(model, dtype=torch_dtype)
+            if _is_packed(model)
+            else AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype)
+        )
+    except SignbitError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _explain(model, error) from error
+    return loaded.to(device).eval()
+
+
+def load_source(model: str, device: str = "cpu", skeleton: bool = False) -> Any:
+    """The full-precision model to quantize, in the dtype it is stored in; `skeleton`: on meta, no weight is read.
+
+    Raises FormatError if it cannot be loaded or is quantized already.
+    """
+    _check_directory(model)
+    device = _torch_device(device)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+            raise FormatError(f"{model} is quantized already ({method}); start from the full-precision model")
+        if skeleton:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+    except SignbitError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _explain(model, error) from error
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer beside a model; raises FormatError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise FormatError(
+            f"{model} has no tokenizer that transformers can load; copy the tokenizer's files there"
+        ) from error

@@ -1,0 +1,70 @@
+"""Saving a packed model as an ordinary Hugging Face directory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from signbit import format as packed_format
+from signbit.errors import OptionError
+from signbit.hub.card import make_card
+from signbit.hub.quantizer import SignbitHfQuantizer
+from signbit.models import Report
+from signbit.version import VERSION
+
+MODULE = "modeling_signbit"
+
+
+def _auto_map_module(architecture: str) -> str:
+    """The module that makes `trust_remote_code=True` work where signbit is installed but not imported."""
+    return (
+        "import signbit  # pip install signbit: registers the packed layers with transformers\n"
+        f"from transformers import {architecture} as Native\n\n\n"
+        f"class {architecture}(Native):\n"
+        f'    """{architecture} with the packed 1-bit layers of signbit {VERSION}."""\n\n\n'
+        "assert signbit.SignbitConfig\n"
+    )
+
+
+def save(
+    model: nn.Module,
+    out: str | Path,
+    tokenizer: Any = None,
+    report: Report | None = None,
+    base_model: str | None = None,
+    command: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a packed model to the directory `out`, complete or not at all; returns its path.
+
+    `tokenizer` is saved beside it. `report`, `base_model` and `command` go into the model card. Raises OptionError
+    if `model` holds no layer of signbit, FormatError if `out` exists (without `overwrite`) or the disk is full.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, SignbitHfQuantizer):
+        raise OptionError("the model is not quantized by signbit; call signbit.quantize_(model, config) first")
+    packed_format.check_target(out, overwrite)
+    architecture = type(model).__name__
+    config: Any = model.config
+    # As save_pretrained does, so that saving the loaded model again gives the same bytes.
+    config.architectures = [architecture]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.auto_map = {"AutoModelForCausalLM": f"{MODULE}.{architecture}"}
+    tensors, _ = quantizer.get_state_dict_and_metadata(model)
+    if tensors is None:
+        raise OptionError("parts of the model are offloaded; load it without offloading, then save it")
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(scratch)  # type: ignore[union-attr, operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        files = {
+            str(file.relative_to(scratch)): file.read_bytes() for file in Path(scratch).rglob("*") if file.is_file()
+        }
+    files[f"{MODULE}.py"] = _auto_map_module(architecture).encode()
+    files["README.md"] = make_card(model, tensors, report, base_model, command).encode()
+    return packed_format.write(out, tensors, files, overwrite)

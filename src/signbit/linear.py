@@ -1,0 +1,393 @@
+"""The layers: PackedLinear (the only one at inference), BinaryLinear (what methods train), and the int8 pair."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from signbit import ops
+from signbit.bits import SALIENT_BLOCK, Operands
+from signbit.errors import OptionError, ShapeError
+from signbit.weight import BinaryWeight, Salient
+
+NormIn = Literal["none", "rms", "layer"]
+NormOut = Literal["none", "layer", "batch_absmax"]
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The shape of one BinaryWeight without its numbers: what config.json keeps, so that a skeleton can be built.
+
+    How many positions are salient is not here: the file's own tensors tell, and `BinaryWeight.check` compares them.
+    """
+
+    out_features: int
+    in_features: int
+    planes: int = 1
+    sign_planes: int = 1
+    groups: int = 1
+    scale_rows: bool = True
+    shift: bool = False
+    in_scale_planes: int = 0
+    in_shift: bool = False
+    salient_bits: int = 0
+    salient_positions: Literal["none", "offsets", "bitmap"] = "none"
+    dtype: str = "float16"
+
+    @classmethod
+    def of(cls, w: BinaryWeight) -> WeightSpec:
+        """The spec that `w` obeys; all its float tensors must share one dtype."""
+        floats = [w.scale, w.shift, w.in_scale, w.in_shift, w.salient.scale if w.salient else None]
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in floats if t is not None}
+        if len(dtypes) > 1:
+            raise ShapeError(f"the float tensors of one weight share a dtype; these have {sorted(dtypes)}")
+        positions: Any = "none" if w.salient is None else "bitmap" if w.salient.counts is None else "offsets"
+        return cls(
+            out_features=w.out_features,
+            in_features=w.in_features,
+            planes=w.planes,
+            sign_planes=w.signs.shape[0],
+            groups=w.groups,
+            scale_rows=w.scale.shape[1] == w.out_features,
+            shift=w.shift is not None,
+            in_scale_planes=0 if w.in_scale is None else w.in_scale.shape[0],
+            in_shift=w.in_shift is not None,
+            salient_bits=w.salient.bits if w.salient else 0,
+            salient_positions=positions,
+            dtype=dtypes.pop(),
+        )
+
+    def shapes(self, variable: Mapping[str, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name → (dtype, shape) of every tensor; `variable` gives the lengths of `salient_codes` and offsets."""
+        rows, columns, floating = self.out_features, self.in_features, getattr(torch, self.dtype)
+        width = -(-columns // 8)
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight": (torch.uint8, (self.sign_planes, rows, width)),
+            "scale": (floating, (self.planes, rows if self.scale_rows else 1, self.groups)),
+        }
+        if self.shift:
+            shapes["shift"] = (floating, (rows, self.groups))
+        if self.in_scale_planes:
+            shapes["in_scale"] = (floating, (self.in_scale_planes, columns))
+        if self.in_shift:
+            shapes["in_shift"] = (floating, (columns,))
+        if self.salient_bits:
+            shapes["salient_codes"] = (torch.uint8, (variable["salient_codes"],))
+            if self.salient_positions == "offsets":
+                shapes["salient_positions"] = (torch.uint8, (variable["salient_positions"],))
+                shapes["salient_counts"] = (torch.uint8, (rows, -(-columns // SALIENT_BLOCK)))
+            else:
+                shapes["salient_positions"] = (torch.uint8, (rows, width))
+            shapes["salient_scale"] = (floating, (rows,))
+            shapes["salient_zero"] = (torch.uint8, (rows,))
+        return shapes
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The shape of one PackedLinear: its chain of weights and what a layer adds to them."""
+
+    weights: tuple[WeightSpec, ...]
+    norm_in: NormIn = "none"
+    norm_in_eps: float = 1e-5
+    act_bits: int = 0
+    norm_out: NormOut = "none"
+    norm_out_eps: float = 1e-5
+    bias: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; fields at their default are left out."""
+
+        def changed(value: Any) -> dict[str, Any]:
+            defaults = {name: field.default for name, field in value.__dataclass_fields__.items()}
+            return {k: v for k, v in asdict(value).items() if v != defaults[k]}
+
+        return {**changed(self), "weights": [changed(weight) for weight in self.weights]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerSpec:
+        """The inverse of `to_dict`; raises TypeError for an unknown or missing key."""
+        weights = tuple(WeightSpec(**weight) for weight in values["weights"])
+        return cls(**{**values, "weights": weights})
+
+    def shapes(self, variable: Mapping[str, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name → (dtype, shape) of every packed tensor of the layer (its bias apart)."""
+        return {
+            _tensor_name(name, place): shape
+            for place, weight in enumerate(self.weights)
+            for name, shape in weight.shapes(
+                {n: variable[_tensor_name(n, place)] for n in VARIABLE if _tensor_name(n, place) in variable}
+            ).items()
+        }
+
+
+#: The tensors whose length the spec does not fix.
+VARIABLE = ("salient_codes", "salient_positions")
+_TENSORS = (
+    "weight", "scale", "shift", "in_scale", "in_shift",
+    "salient_codes", "salient_positions", "salient_counts", "salient_scale", "salient_zero",
+)  # fmt: skip
+
+
+def _tensor_name(name: str, place: int) -> str:
+    """The first weight's tensors have plain names; `weight` so that a plain nn.Linear refuses its shape."""
+    return name if place == 0 else f"{name}_{place}"
+
+
+@final
+class PackedLinear(nn.Module):
+    """A linear layer on packed bits: y = norm_out(W · norm_in(x)) + bias, with W the product of a chain of BinaryWeights.
+
+    `weights` is applied first to last (the chain has length one in every method so far). `norm_in`: "rms" or "layer",
+    without affine part, over the K inputs; `norm_out`: "layer" without affine part over the N outputs (OneBit,
+    arXiv 2402.11295), or "batch_absmax", clamp(128·y/(max|y| + 1e-5)) over the whole tensor (BitNet-Transformers'
+    checkpoints). `act_bits`: 0 leaves activations to `activations` ("exact" or "int8"), 8 makes them int8 always,
+    1 takes their signs (reference only). Input float [..., K], output of the same dtype [..., N].
+
+    Raises OptionError for values outside these, ShapeError for weights that do not chain.
+    """
+
+    def __init__(
+        self,
+        weights: BinaryWeight | Sequence[BinaryWeight],
+        bias: Tensor | None = None,
+        norm_in: NormIn = "none",
+        norm_in_eps: float = 1e-5,
+        act_bits: int = 0,
+        norm_out: NormOut = "none",
+        norm_out_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        chain = (weights,) if isinstance(weights, BinaryWeight) else tuple(weights)
+        for value, allowed, name in (
+            (norm_in, ("none", "rms", "layer"), "norm_in"),
+            (act_bits, (0, 1, 8), "act_bits"),
+            (norm_out, ("none", "layer", "batch_absmax"), "norm_out"),
+        ):
+            if value not in allowed:
+                raise OptionError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+        for first, second in pairwise(chain):
+            if first.out_features != second.in_features:
+                raise ShapeError(
+                    f"a weight of {first.out_features} rows cannot feed one of {second.in_features} columns"
+                )
+        self.in_features, self.out_features = chain[0].in_features, chain[-1].out_features
+        self._columns = tuple(w.in_features for w in chain)
+        self._salient_bits = tuple(w.salient.bits if w.salient else 0 for w in chain)
+        for place, weight in enumerate(chain):
+            for name, tensor in zip(_TENSORS, weight.operands()[:-2], strict=True):
+                self.register_buffer(_tensor_name(name, place), tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.norm_in: NormIn = norm_in
+        self.norm_in_eps = norm_in_eps
+        self.act_bits = act_bits
+        self.norm_out: NormOut = norm_out
+        self.norm_out_eps = norm_out_eps
+        self.activations = "exact"
+
+    @classmethod
+    def from_spec(cls, spec: LayerSpec, variable: Mapping[str, int], dtype: torch.dtype, device: str) -> PackedLinear:
+        """An empty layer of the given shape, to be filled by a loader; `dtype` is the bias's."""
+        weights = []
+        for place, weight_spec in enumerate(spec.weights):
+            lengths = {n: variable[_tensor_name(n, place)] for n in VARIABLE if _tensor_name(n, place) in variable}
+            t = {
+                name: torch.empty(shape, dtype=tensor_dtype, device=device)
+                for name, (tensor_dtype, shape) in weight_spec.shapes(lengths).items()
+            }
+            salient = None
+            if weight_spec.salient_bits:
+                salient = Salient(
+                    t["salient_codes"], t["salient_positions"], t.get("salient_counts"), t["salient_scale"],
+                    t["salient_zero"], weight_spec.salient_bits,
+                )  # fmt: skip
+            weights.append(
+                BinaryWeight(
+                    t["weight"], t["scale"], weight_spec.in_features, t.get("shift"), t.get("in_scale"),
+                    t.get("in_shift"), salient,
+                )
+            )  # fmt: skip
+        bias = torch.empty(weights[-1].out_features, dtype=dtype, device=device) if spec.bias else None
+        return cls(
+            weights, bias, spec.norm_in, spec.norm_in_eps, spec.act_bits, spec.norm_out, spec.norm_out_eps
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A scale is data, as the signs are: casting the model moves it but leaves its stored dtype.
+        stored = {id(buffer) for buffer in self._buffers.values() if buffer is not None}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in stored and moved.dtype is not tensor.dtype else moved
+
+        return super()._apply(move, recurse)
+
+    def _operands(self, place: int) -> Operands:
+        tensors: list[Any] = [getattr(self, _tensor_name(name, place)) for name in _TENSORS]
+        return Operands._make([*tensors, self._salient_bits[place], self._columns[place]])
+
+    @property
+    def weights(self) -> tuple[BinaryWeight, ...]:
+        """The chain as values, sharing this layer's tensors."""
+        chain = []
+        for place in range(len(self._columns)):
+            w = self._operands(place)
+            salient = None
+            if w.salient_codes is not None:
+                assert w.salient_positions is not None and w.salient_scale is not None and w.salient_zero is not None
+                salient = Salient(
+                    w.salient_codes, w.salient_positions, w.salient_counts, w.salient_scale, w.salient_zero,
+                    w.salient_bits,
+                )  # fmt: skip
+            chain.append(BinaryWeight(w.signs, w.scale, w.in_features, w.shift, w.in_scale, w.in_shift, salient))
+        return tuple(chain)
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The shape of this layer, from which `from_spec` builds an empty one."""
+        return LayerSpec(
+            tuple(WeightSpec.of(w) for w in self.weights), self.norm_in, self.norm_in_eps, self.act_bits,
+            self.norm_out, self.norm_out_eps, self.bias is not None,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights as stored (bias apart)."""
+        return sum(w.nbytes for w in self.weights)
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The product of the chain, `dtype` [N, K]; norms, activation bits and bias are no part of it."""
+        first, *rest = self.weights
+        product = first.to_dense(dtype)
+        for weight in rest:
+            product = weight.to_dense(dtype) @ product
+        return product
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_in == "rms":
+            x = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.norm_in_eps)).to(x.dtype)
+        elif self.norm_in == "layer":
+            x = F.layer_norm(x, (self.in_features,), eps=self.norm_in_eps)
+        activations = {0: self.activations, 1: "sign", 8: "int8"}[self.act_bits]
+        for place in range(len(self._columns)):
+            x = ops.binary_linear(x, self._operands(place), activations)
+        if self.norm_out == "layer":
+            x = F.layer_norm(x, (self.out_features,), eps=self.norm_out_eps)
+        elif self.norm_out == "batch_absmax":
+            limit = 128 - 1e-5
+            x = (x * (128 / (x.abs().max() + 1e-5))).clamp(-limit, limit) if x.numel() else x
+        return x if self.bias is None else x + self.bias
+
+    def extra_repr(self) -> str:
+        per_weight = 8 * self.nbytes / (self.out_features * self.in_features)
+        return f"{self.in_features} → {self.out_features}, {per_weight:.3f} bits per weight"
+
+
+class BinaryLinear(nn.Module, ABC):
+    """A trainable linear layer whose effective weight is binary: latent `weight` [N, K], and what a method adds.
+
+    Laws (tests/laws): `binary().to_dense()` equals the effective weight of `forward` bit for bit in float32, and
+    `pack()(x)` equals `self(x)` in evaluation to float32 rounding.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x · W̃ᵀ + bias with the binarized W̃, differentiable in the latent weight (straight-through)."""
+
+    @abstractmethod
+    def binary(self) -> BinaryWeight:
+        """The binarized weight as a value, detached."""
+
+    def pack(self) -> PackedLinear:
+        """The layer for inference; a method with norms or quantized activations overrides this."""
+        return PackedLinear(self.binary(), self.bias)
+
+
+class _Int8(nn.Module):
+    """Row-wise abs-max int8: W ≈ diag(scale)·codes with scaleᵢ = max|Wᵢ|/127, rounded to the dtype of W.
+
+    Both are parameters: transformers ties an embedding and a head by assigning one's parameters to the other, and the
+    scale follows the model's dtype as a norm's weight does.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        if weight.dtype is not torch.int8 or weight.ndim != 2 or list(scale.shape) != [weight.shape[0]]:
+            raise ShapeError(
+                f"an int8 layer has int8 codes [N, K] and a scale [N], "
+                f"not {weight.dtype} {list(weight.shape)} and {list(scale.shape)}"
+            )
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    @staticmethod
+    def quantize(dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] and scale [N] of a float matrix, the scale in its dtype; a zero row has scale 0."""
+        dense = dense.detach()
+        scale = (dense.float().abs().amax(dim=1) / 127).to(dense.dtype)
+        divisor = torch.where(scale == 0, 1.0, scale.float())
+        codes = (dense.float() / divisor[:, None]).round().clamp(-127, 127)
+        return codes.to(torch.int8), scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scale."""
+        return self.weight.numel() + self.scale.element_size() * self.scale.numel()
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale ∘ codes as `dtype` [N, K]."""
+        return self.scale.to(dtype)[:, None] * self.weight.to(dtype)
+
+
+@final
+class Int8Head(_Int8):
+    """An output head of int8 codes: y = x · (diag(scale)·codes)ᵀ + bias; `activations` as in PackedLinear."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, scale)
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.activations = "exact"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.int8_linear(x, self.weight, self.scale, self.activations)
+        return y if self.bias is None else y + self.bias
+
+
+@final
+class Int8Embedding(_Int8):
+    """A token embedding of int8 codes: row t is scaleₜ · codesₜ · multiplier, in the dtype of the scale.
+
+    `multiplier` is the constant by which some families' embeddings scale their rows (Gemma: √hidden).
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, multiplier: float = 1.0) -> None:
+        super().__init__(weight, scale)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.multiplier = multiplier
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scale = F.embedding(ids, self.scale[:, None]) * self.multiplier
+        return F.embedding(ids, self.weight).to(scale.dtype) * scale
+
+
+def set_activations(model: nn.Module, mode: str) -> None:
+    """Makes every PackedLinear and Int8Head of `model` take its activations as `mode`: "exact" or "int8".
+
+    A layer with act_bits of its own keeps them. Raises OptionError for another mode.
+    """
+    if mode not in ops.ACTIVATION_MODES:
+        raise OptionError(f"activations are {mode!r}; allowed: {', '.join(ops.ACTIVATION_MODES)}")
+    for module in model.modules():
+        if isinstance(module, (PackedLinear, Int8Head)):
+            module.activations = mode

@@ -1,0 +1,15 @@
+"""The methods by name: one file a paper, each with its options, its solver and, where it trains, its layer."""
+
+from __future__ import annotations
+
+from signbit.methods.absmean import AbsmeanLinear, AbsmeanOptions
+from signbit.methods.base import Method
+from signbit.methods.pbllm import PbllmOptions
+
+#: Every method; a new one is one file beside these and one line here.
+METHODS: dict[str, Method] = {
+    "absmean": Method(AbsmeanOptions, layer=AbsmeanLinear),
+    "pbllm": Method(PbllmOptions),
+}
+
+__all__ = ["METHODS", "AbsmeanLinear", "AbsmeanOptions", "Method", "PbllmOptions"]

@@ -1,0 +1,106 @@
+"""What a method is to the rest of signbit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from signbit.errors import OptionError, WeightError
+from signbit.linear import BinaryLinear
+from signbit.weight import BinaryWeight
+
+ScaleDtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class MethodOptions(ABC):
+    """The options of a method: frozen, checked when made, written to config.json as they are.
+
+    The docstring under each field is its help text on the command line.
+    """
+
+    @property
+    def packs(self) -> bool:
+        """Whether `binarize` gives packed weights; False where the method leaves matrices dense."""
+        return True
+
+    @abstractmethod
+    def binarize(self, weight: Tensor) -> BinaryWeight | Tensor:
+        """The binarized form of `weight` float [N, K], or a changed dense matrix where the method keeps it dense."""
+
+    def check(self, in_features: int) -> None:  # noqa: B027 (most options fit every width)
+        """Raises OptionError if these options cannot serve a matrix of `in_features` columns."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: the class of its options, which carries the solver, and its trainable layer if it has one."""
+
+    options: type[MethodOptions]
+    layer: type[BinaryLinear] | None = None
+
+
+def find_method(methods: dict[str, Method], name: str) -> Method:
+    """The method called `name`; raises OptionError, with those there are, for another."""
+    if name not in methods:
+        raise OptionError(f"there is no method {name!r}; there are {', '.join(methods)}{_nearest(name, methods)}")
+    return methods[name]
+
+
+def make_options(methods: dict[str, Method], name: str, values: dict[str, Any]) -> MethodOptions:
+    """The options of method `name` with `values`; raises OptionError for an unknown method or option."""
+    cls = find_method(methods, name).options
+    allowed = {field.name: field for field in fields(cls)}
+    for key in values:
+        if key not in allowed:
+            raise OptionError(
+                f"{key!r} is no option of the method {name}; it has {', '.join(allowed)}{_nearest(key, allowed)}"
+            )
+    return cls(**values)
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raises OptionError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise OptionError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+
+
+def check_group(group: int, in_features: int) -> None:
+    """Raises OptionError, naming the divisors, unless `group` is -1 (the whole row) or divides `in_features`."""
+    if group == -1:
+        return
+    if group < 1 or in_features % group:
+        divisors = [d for d in range(2, in_features + 1) if in_features % d == 0]
+        useful = [d for d in divisors if d % 8 == 0 and d >= 32] or divisors
+        raise OptionError(
+            f"a group of {group} columns does not divide {in_features}; "
+            f"use one of {', '.join(map(str, useful))}, or -1 for one scale a row"
+        )
+
+
+def group_count(group: int, in_features: int) -> int:
+    """G: how many groups of `group` columns (-1: all) a row of `in_features` has."""
+    return 1 if group == -1 else in_features // group
+
+
+def store(values: Tensor, dtype: str, tiny: bool = False) -> Tensor:
+    """Scales or shifts in the dtype they are stored in.
+
+    Raises WeightError if that makes one infinite, or (unless `tiny` values may vanish, as shifts may) a nonzero one 0.
+    """
+    stored = values.to(getattr(torch, dtype))
+    lost = bool(((stored == 0) & (values != 0)).any()) and not tiny
+    if lost or not bool(torch.isfinite(stored).all()):
+        low, high = values[values != 0].abs().min().item(), values.abs().max().item()
+        raise WeightError(f"scales from {low:.3g} to {high:.3g} do not fit {dtype}; use --scale-dtype float32")
+    return stored

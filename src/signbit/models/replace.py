@@ -1,0 +1,26 @@
+"""Putting another layer in the place of one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def parent_and_name(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the one with the dotted `name`, and the last part of that name."""
+    parent, _, last = name.rpartition(".")
+    return model.get_submodule(parent), last
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted `name`, in the training mode of what it replaces."""
+    parent, last = parent_and_name(model, name)
+    module.train(getattr(parent, last).training)
+    setattr(parent, last, module)
+
+
+def linear_parts(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [N, K] and bias of an nn.Linear or a Conv1D, whose stored weight is [K, N]."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    return (weight.T if isinstance(module, Conv1D) else weight), bias  # type: ignore[return-value]

@@ -1,0 +1,144 @@
+"""Generating text, streamed as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
+
+from signbit.errors import OptionError
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How the next token is chosen, in the terms of transformers."""
+
+    max_new_tokens: int = 256
+    """At most so many tokens are written."""
+    temperature: float = 0.0
+    """Randomness: 0 always takes the likeliest token (greedy)."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this much probability."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were used are less likely."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise OptionError(f"--max-new-tokens is {self.max_new_tokens}; at least 1")
+        if self.temperature < 0:
+            raise OptionError(f"--temperature is {self.temperature}; 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise OptionError(f"--top-p is {self.top_p}; above 0, at most 1")
+        if self.top_k < 0:
+            raise OptionError(f"--top-k is {self.top_k}; 0 (off) or more")
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `model.generate`."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.repetition_penalty != 1:
+            chosen["repetition_penalty"] = self.repetition_penalty
+        return chosen
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished answer."""
+
+    text: str
+    new_tokens: int
+    seconds_s: float
+    decode_tokens_per_s: float
+    """New tokens after the first over the time since the first; 0 for a single token."""
+    stopped: bool
+    """Whether it was interrupted."""
+
+
+class _Clock(StoppingCriteria):
+    """Notes when the first and the last token came, and stops when asked."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+        self.stop = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.times_s.append(time.perf_counter())
+        return torch.full((input_ids.shape[0],), self.stop, dtype=torch.bool, device=input_ids.device)
+
+
+class _Printer(TextStreamer):
+    """Hands each finished piece of text to a function."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.write(text)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | list[dict[str, str]],
+    options: GenerateOptions | None = None,
+    write: Callable[[str], None] | None = None,
+) -> Generated:
+    """Continues a text, or answers a list of chat messages through the tokenizer's chat template.
+
+    Each piece of text goes to `write` as it comes. A KeyboardInterrupt ends the answer: what was written until then
+    is returned with `stopped`. Raises OptionError for an empty prompt, a prompt that leaves no room in the model's
+    context, or messages without a chat template.
+    """
+    options = options or GenerateOptions()
+    if isinstance(prompt, str):
+        if not prompt:
+            raise OptionError("the prompt is empty; give a text to continue")
+        encoded = tokenizer(prompt, return_tensors="pt")
+    else:
+        if not getattr(tokenizer, "chat_template", None):
+            raise OptionError("this model has no chat template, so it cannot chat; use signbit generate")
+        encoded = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    ids = encoded["input_ids"].to(model.device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] + 1 > limit:
+        raise OptionError(f"the prompt has {ids.shape[1]} tokens, the model's context {limit}; shorten the prompt")
+    set_seed(options.seed)
+    clock = _Clock()
+    pieces: list[str] = []
+
+    def collect(text: str) -> None:
+        pieces.append(text)
+        if write is not None:
+            write(text)
+
+    begin = time.perf_counter()
+    stopped = False
+    try:
+        model.generate(
+            input_ids=ids,
+            attention_mask=encoded["attention_mask"].to(model.device),
+            streamer=_Printer(tokenizer, collect),
+            stopping_criteria=StoppingCriteriaList([clock]),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **options.arguments(),
+        )
+    except KeyboardInterrupt:
+        stopped = True
+    end = time.perf_counter()
+    count = len(clock.times_s)
+    decode_s = clock.times_s[-1] - clock.times_s[0] if count > 1 else 0.0
+    rate = (count - 1) / decode_s if decode_s > 0 else 0.0
+    return Generated("".join(pieces), count, end - begin, rate, stopped)

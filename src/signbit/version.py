@@ -1,0 +1,3 @@
+"""The version of signbit, stated once."""
+
+VERSION = "0.1.0"
