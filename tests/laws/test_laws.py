@@ -79,7 +79,9 @@ def test_positions_round_trip_in_the_smaller_form(k, share):
     assert torch.equal(index, mask.reshape(-1).nonzero()[:, 0])
     bitmap = 13 * -(-k // 8)
     offsets = int(mask.sum()) + 13 * -(-k // 256)
-    assert positions.numel() + (0 if counts is None else counts.numel()) <= min(bitmap, offsets) + (share == 1.0) * bitmap
+    assert (
+        positions.numel() + (0 if counts is None else counts.numel()) <= min(bitmap, offsets) + (share == 1.0) * bitmap
+    )
 
 
 def test_a_full_block_of_256_has_a_bitmap():

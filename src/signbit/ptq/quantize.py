@@ -25,9 +25,6 @@ Progress = Callable[[int, int, str], None]
 
 
 def _binarize(name: str, weight: Tensor, options: MethodOptions) -> BinaryWeight | Tensor:
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise WeightError(f"{name}: {bad} of its {weight.numel()} weights are NaN or infinite; repair the source model")
     try:
         return options.binarize(weight)
     except SignbitError as error:
@@ -70,11 +67,17 @@ def quantize_(
     """Replaces each linear of the repeated blocks by a PackedLinear, in place; returns what was done and why.
 
     A layer's dense weight is freed as its packed form is made. `options` is a method's; `keep` are patterns of names
-    that stay as they are (`models.matches`). Raises StructureError (no block, or under 90 % of its parameters
-    binarized without `allow_partial`), OptionError (a group that does not divide a width) before anything is changed,
-    and WeightError with the layer's name (NaN, infinity, scales outside their dtype).
+    that stay as they are (`models.matches`). Raises, before anything is changed, StructureError (no block, or under
+    90 % of its parameters binarized without `allow_partial`), OptionError (a group that does not divide a width) and
+    WeightError (NaN, infinity), with the layer's name; a WeightError for a scale outside its dtype comes at its layer.
     """
     structure = _find(model, options, keep, allow_partial)
+    for target in structure.targets:
+        weight, _ = linear_parts(model.get_submodule(target.name))
+        if bad := int((~torch.isfinite(weight)).sum()):
+            raise WeightError(
+                f"{target.name}: {bad} of its {weight.numel()} weights are NaN or infinite; repair the source model"
+            )
     decisions: list[Decision] = []
     for done, target in enumerate(structure.targets, start=1):
         linear = model.get_submodule(target.name)
