@@ -57,13 +57,11 @@ def quantize_(model: nn.Module, config: SignbitConfig, progress: ptq.quantize.Pr
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a saved directory holds, under the names that transformers' save_pretrained gives them."""
-    from transformers.core_model_loading import revert_weight_conversion
+    """The tensors that a saved directory holds: the state dict, tied tensors once, as save_pretrained writes it."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
-    return reverted
+    state: dict[str, Tensor] = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    return state
 
 
 class SignbitHfQuantizer(HfQuantizer):
@@ -117,6 +115,9 @@ class SignbitHfQuantizer(HfQuantizer):
             if isinstance(module, (PackedLinear, Int8Embedding, Int8Head)):
                 module.requires_grad_(False)
         model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        # save_pretrained would give some families' tensors back their names of old (GPT-NeoX's embed_out), which the
+        # description does not know; a packed directory has the names that its modules have.
+        model._weight_conversions = []  # type: ignore[assignment]
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = self.quantization_config.quant_method
 
