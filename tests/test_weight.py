@@ -49,7 +49,10 @@ def salient(**changes):
     [
         ({"codes": torch.zeros(5, dtype=torch.uint8)}, "2 salient codes of 8 bits lie in 2 bytes, not in 5"),
         ({"counts": torch.full((4, 1), 2, dtype=torch.uint8)}, "counts add up to 8, but there are 2 offsets"),
-        ({"positions": torch.tensor([3, 255], dtype=torch.uint8), "counts": torch.tensor([[0], [0], [0], [2]])}, "uint8"),
+        (
+            {"positions": torch.tensor([3, 255], dtype=torch.uint8), "counts": torch.tensor([[0], [0], [0], [2]])},
+            "uint8",
+        ),
         (
             {
                 "positions": torch.tensor([9, 3], dtype=torch.uint8),
@@ -219,7 +222,11 @@ def test_the_input_must_have_k_columns():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"norm_in": "batch"}, "norm_in is 'batch'"), ({"act_bits": 4}, "allowed: 0, 1, 8"), ({"norm_out": "rms"}, "norm_out")],
+    [
+        ({"norm_in": "batch"}, "norm_in is 'batch'"),
+        ({"act_bits": 4}, "allowed: 0, 1, 8"),
+        ({"norm_out": "rms"}, "norm_out"),
+    ],
 )
 def test_layer_options(arguments, message):
     with pytest.raises(OptionError, match=message):

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.families import DENSE
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 import signbit
 from signbit.errors import FormatError, OptionError
 from signbit.hub.card import count_parameters
 from signbit.linear import Int8Embedding, PackedLinear
-from tests.families import DENSE
 
 RTN = {"gptq": False, "saliency": "magnitude"}
 SETTINGS = {
@@ -157,7 +157,9 @@ def test_generate_with_a_static_cache(packed, ids):
     out, model = packed
     loaded = AutoModelForCausalLM.from_pretrained(out)
     plain = loaded.generate(ids, max_new_tokens=5, do_sample=False)
-    static = loaded.generate(ids, max_new_tokens=5, do_sample=False, cache_implementation="static", disable_compile=True)
+    static = loaded.generate(
+        ids, max_new_tokens=5, do_sample=False, cache_implementation="static", disable_compile=True
+    )
     assert torch.equal(plain, static)
 
 
@@ -223,7 +225,9 @@ def test_registration_in_any_order_of_imports(packed, order):
 
 def test_the_directory_has_what_a_hub_repository_needs(packed):
     out, _ = packed
-    assert {"config.json", "model.safetensors", "README.md", "modeling_signbit.py", "tokenizer.json"} <= set(os.listdir(out))
+    assert {"config.json", "model.safetensors", "README.md", "modeling_signbit.py", "tokenizer.json"} <= set(
+        os.listdir(out)
+    )
     config = json.loads(Path(out, "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_signbit.LlamaForCausalLM"}

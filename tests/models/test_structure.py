@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tests.families import DENSE, MIXTURES
 from torch import nn
 
 from signbit.errors import OptionError, StructureError
@@ -7,7 +8,6 @@ from signbit.linear import PackedLinear
 from signbit.methods import AbsmeanOptions
 from signbit.models import find_structure, linear_parts, matches
 from signbit.ptq import plan, quantize_
-from tests.families import DENSE, MIXTURES
 
 
 @pytest.mark.parametrize("family", DENSE)

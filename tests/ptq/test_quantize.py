@@ -1,12 +1,13 @@
 import pytest
 import torch
+from tests.families import gemma3, opt, phi
+from tests.families import llama as make_llama
 
 from signbit.errors import OptionError, StructureError, WeightError
 from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.methods import AbsmeanOptions, PbllmOptions
 from signbit.ptq import memory, plan, plan_head, quantize_, quantize_head_
 from signbit.ptq.head import embedding_multiplier
-from tests.families import gemma3, llama as make_llama, opt, phi
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
