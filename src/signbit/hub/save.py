@@ -18,14 +18,18 @@ from signbit.version import VERSION
 MODULE = "modeling_signbit"
 
 
-def _auto_map_module(architecture: str) -> str:
-    """The module that makes `trust_remote_code=True` work where signbit is installed but not imported."""
+def _auto_map_module(architecture: str, config: str) -> str:
+    """The module that makes `trust_remote_code=True` work where signbit is installed but not imported.
+
+    The config has a class in it too: some programs (lm-eval) read the quantization config before they load a model.
+    """
     return (
-        "import signbit  # pip install signbit: registers the packed layers with transformers\n"
-        f"from transformers import {architecture} as Native\n\n\n"
-        f"class {architecture}(Native):\n"
-        f'    """{architecture} with the packed 1-bit layers of signbit {VERSION}."""\n\n\n'
-        "assert signbit.SignbitConfig\n"
+        "import signbit  # noqa: F401  pip install signbit: registers its packed layers with transformers\n"
+        f"import transformers\n\n\n"
+        f"class {config}(transformers.{config}):\n"
+        f"    pass\n\n\n"
+        f"class {architecture}(transformers.{architecture}):\n"
+        f"    config_class = {config}\n"
     )
 
 
@@ -52,7 +56,8 @@ def save(
     # As save_pretrained does, so that saving the loaded model again gives the same bytes.
     config.architectures = [architecture]
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.auto_map = {"AutoModelForCausalLM": f"{MODULE}.{architecture}"}
+    config_class = type(config).__name__
+    config.auto_map = {"AutoConfig": f"{MODULE}.{config_class}", "AutoModelForCausalLM": f"{MODULE}.{architecture}"}
     tensors, _ = quantizer.get_state_dict_and_metadata(model)
     if tensors is None:
         raise OptionError("parts of the model are offloaded; load it without offloading, then save it")
@@ -65,6 +70,6 @@ def save(
         files = {
             str(file.relative_to(scratch)): file.read_bytes() for file in Path(scratch).rglob("*") if file.is_file()
         }
-    files[f"{MODULE}.py"] = _auto_map_module(architecture).encode()
+    files[f"{MODULE}.py"] = _auto_map_module(architecture, config_class).encode()
     files["README.md"] = make_card(model, tensors, report, base_model, command).encode()
     return packed_format.write(out, tensors, files, overwrite)

@@ -93,14 +93,15 @@ def group_count(group: int, in_features: int) -> int:
     return 1 if group == -1 else in_features // group
 
 
-def store(values: Tensor, dtype: str, tiny: bool = False) -> Tensor:
+def store(values: Tensor, dtype: str, shift: bool = False) -> Tensor:
     """Scales or shifts in the dtype they are stored in.
 
-    Raises WeightError if that makes one infinite, or (unless `tiny` values may vanish, as shifts may) a nonzero one 0.
+    Raises WeightError if that makes one infinite, or if the dtype's smallest step is above 1 % of the largest scale
+    (a shift may be as small as it likes: it is measured against the scale beside it).
     """
-    stored = values.to(getattr(torch, dtype))
-    lost = bool(((stored == 0) & (values != 0)).any()) and not tiny
-    if lost or not bool(torch.isfinite(stored).all()):
-        low, high = values[values != 0].abs().min().item(), values.abs().max().item()
-        raise WeightError(f"scales from {low:.3g} to {high:.3g} do not fit {dtype}; use --scale-dtype float32")
+    chosen = getattr(torch, dtype)
+    stored, largest = values.to(chosen), values.abs().max().item()
+    coarse = not shift and 0 < largest < 100 * torch.finfo(chosen).smallest_normal * torch.finfo(chosen).eps
+    if coarse or not bool(torch.isfinite(stored).all()):
+        raise WeightError(f"scales up to {largest:.3g} do not fit {dtype}; use --scale-dtype float32")
     return stored

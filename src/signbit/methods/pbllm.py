@@ -77,7 +77,7 @@ class PbllmOptions(MethodOptions):
         return BinaryWeight.from_signs(
             signs,
             store(low_scale, self.scale_dtype),
-            shift=None if shift is None else store(shift, self.scale_dtype, tiny=True),
+            shift=None if shift is None else store(shift, self.scale_dtype, shift=True),
             salient=part,
         )
 
@@ -95,7 +95,7 @@ class PbllmOptions(MethodOptions):
         if self.low == "xnor":
             count = inside.sum(dim=-1).clamp_min(1) if self.scale_over == "binarized" else grouped.shape[-1]
             # The shift that is stored decides the signs and the scale, so that rounding it costs nothing further.
-            shift = store(masked.sum(dim=-1) / count, self.scale_dtype, tiny=True).float()
+            shift = store(masked.sum(dim=-1) / count, self.scale_dtype, shift=True).float()
             offset = grouped - shift[:, :, None]
             # Published: entries outside the mask count as 0, so they add |0 − mean| each.
             counted = masked - shift[:, :, None] if self.scale_over == "all" else torch.where(inside, offset, 0.0)
