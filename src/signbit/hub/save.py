@@ -13,7 +13,6 @@ from signbit.errors import OptionError
 from signbit.hub.card import make_card
 from signbit.hub.quantizer import SignbitHfQuantizer
 from signbit.models import Report
-from signbit.version import VERSION
 
 MODULE = "modeling_signbit"
 

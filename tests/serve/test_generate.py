@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+import signbit
+from signbit.errors import OptionError
+from signbit.serve import GenerateOptions, chat, generate
+
+
+@pytest.fixture
+def model(llama):
+    signbit.quantize_(llama, signbit.SignbitConfig())
+    return llama
+
+
+def test_greedy_equals_transformers_generate(model, tokenizer):
+    result = generate(model, tokenizer, "w3 w4", GenerateOptions(max_new_tokens=7))
+    ids = tokenizer("w3 w4", return_tensors="pt").input_ids
+    want = model.generate(ids, max_new_tokens=7, do_sample=False)[0, 2:]
+    assert result.text.split() == tokenizer.decode(want, skip_special_tokens=True).split()
+    assert result.new_tokens == len(want)
+    assert not result.stopped
+
+
+def test_the_text_is_streamed_in_pieces(model, tokenizer):
+    pieces = []
+    result = generate(model, tokenizer, "w3", GenerateOptions(max_new_tokens=6), pieces.append)
+    assert len([p for p in pieces if p]) > 1
+    assert "".join(pieces) == result.text
+
+
+def test_a_seed_repeats(model, tokenizer):
+    options = [GenerateOptions(max_new_tokens=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    texts = [generate(model, tokenizer, "w3", o).text for o in options]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_what_was_written(model, tokenizer):
+    pieces = []
+
+    def interrupt(text):
+        pieces.append(text)
+        if len([p for p in pieces if p]) == 3:
+            raise KeyboardInterrupt
+
+    result = generate(model, tokenizer, "w3", GenerateOptions(max_new_tokens=50), interrupt)
+    assert result.stopped
+    assert result.text == "".join(pieces)
+
+
+def test_messages_go_through_the_chat_template(model, tokenizer, monkeypatch):
+    seen = []
+    real = model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: seen.append(k["input_ids"]) or real(**k))
+    generate(model, tokenizer, [{"role": "user", "content": "w5"}], GenerateOptions(max_new_tokens=1))
+    assert tokenizer.decode(seen[0][0]).split() == ["<unk>", "w5", "</s>", "w1"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
+        ({"temperature": -1.0}, "--temperature is -1"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"top_k": -1}, "--top-k"),
+    ],
+)
+def test_options(values, message):
+    with pytest.raises(OptionError, match=message):
+        GenerateOptions(**values)
+
+
+def test_prompts_that_cannot_be(model, tokenizer):
+    with pytest.raises(OptionError, match="the prompt is empty"):
+        generate(model, tokenizer, "")
+    with pytest.raises(OptionError, match="the prompt has 128 tokens, the model's context 128"):
+        generate(model, tokenizer, " ".join(["w3"] * 128))
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(OptionError, match="no chat template, so it cannot chat; use signbit generate"):
+            generate(model, tokenizer, [{"role": "user", "content": "w1"}])
+    finally:
+        tokenizer.chat_template = template
+
+
+def script(*lines):
+    """An input() that reads `lines`, raising those that are exceptions."""
+    left = list(lines)
+
+    def read(prompt):
+        line = left.pop(0)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    return read
+
+
+def test_a_chat_remembers_clears_and_ends(model, tokenizer, monkeypatch):
+    seen = []
+    real = model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: seen.append(k["input_ids"].shape[1]) or real(**k))
+    shown = []
+    read = script("w3", "", "w4", KeyboardInterrupt, "/clear", "w3", EOFError)
+    chat(model, tokenizer, GenerateOptions(max_new_tokens=2), None, read, shown.append)
+    assert seen[0] == seen[2] == 4
+    assert seen[1] > seen[0] + 3, "the second question carries the first and its answer"
+    text = "".join(shown)
+    assert text.count("/clear starts a new conversation") == 2, "once at the start, once for Ctrl-C at the prompt"
+
+
+def test_ctrl_c_in_an_answer_does_not_end_the_chat(model, tokenizer):
+    shown, interrupted = [], []
+
+    def write(text):
+        shown.append(text)
+        if text.startswith("w") and not interrupted:
+            interrupted.append(text)
+            raise KeyboardInterrupt
+
+    chat(model, tokenizer, GenerateOptions(max_new_tokens=5), "w9", script("w3", "w4", "/exit"), write)
+    assert interrupted
+    assert [s for s in shown if "[stopped]" in s] == [" [stopped]\n"], "the second answer came to its end"
+
+
+def test_half_precision_on_the_cpu(model, tokenizer):
+    text = generate(model.to(torch.bfloat16), tokenizer, "w3", GenerateOptions(max_new_tokens=3)).text
+    assert text

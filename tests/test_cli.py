@@ -1,0 +1,235 @@
+"""The command line, as a user types it."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from signbit import cli
+from signbit.cli import main
+
+
+def run(capsys, command):
+    code = main(shlex.split(command))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"w{i % 61}" for i in range(300)))
+    return file
+
+
+def test_help_and_version_import_no_torch():
+    code = (
+        "import sys\nfrom signbit.cli import main\n"
+        "for word in ('--help', '--version'): assert main([word]) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in done.stdout
+    assert "signbit 0." in done.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help_that_names_its_options(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for field in cli.VERBS[verb][1].__dataclass_fields__:
+        assert field.upper() in out or f"--{field.replace('_', '-')}" in out or "TEXT" in out
+
+
+def test_help_of_a_method_lists_its_own_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "--method", "pbllm", "--help"])
+    out = capsys.readouterr().out
+    assert "--salient FLOAT" in out
+    assert "--no-gptq" in out
+    assert "--scale-over" in out
+
+
+def test_the_whole_way(llama_dir, tmp_path, text_file, capsys):
+    out = tmp_path / "out"
+    code, printed, err = run(capsys, f"quantize {llama_dir} -o {out} --method absmean --group 8 --head int8")
+    assert code == 0, err
+    assert "model.layers.*.mlp.up_proj" in printed
+    assert "99." in printed
+    assert "true bits per weight" in printed
+    code, printed, _ = run(capsys, f"info {out} --json {tmp_path}/info.json")
+    assert code == 0
+    assert "whole file, bits per parameter" in printed
+    assert json.loads((tmp_path / "info.json").read_text())["settings"]["options"]["group"] == 8
+    code, printed, _ = run(capsys, f"info {out} --layers")
+    assert "model.layers.1.mlp.up_proj" in printed
+    code, printed, err = run(
+        capsys, f"eval {out} --ppl {text_file} --window 50 --against {llama_dir} --json {tmp_path}/eval.json"
+    )
+    assert code == 0, err
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert [Path(r["model"]).name for r in results] == ["out", "llama"]
+    assert all(r["windows"] == 6 and r["activations"] == "exact" and r["dtype"] == "float32" for r in results)
+    assert f"{results[0]['perplexity']:.3f}" in printed
+    code, printed, err = run(capsys, f"generate {out} 'w3 w4' --max-new-tokens 5 --temperature 0.7 --seed 0")
+    assert code == 0
+    assert printed.startswith("w3 w4")
+    assert "tokens/s after the first" in err
+    again = run(capsys, f"generate {out} 'w3 w4' --max-new-tokens 5 --temperature 0.7 --seed 0")[1]
+    assert printed == again
+    code, printed, _ = run(
+        capsys, f"generate {out} 'w3 w4' --activations int8 --dtype bfloat16 --chat --max-new-tokens 2"
+    )
+    assert code == 0
+
+
+def test_pbllm_as_in_the_readme(llama_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    code, _, err = run(
+        capsys, f"quantize {llama_dir} -o {out} --method pbllm --salient 0.3 --no-gptq --saliency magnitude"
+    )
+    assert code == 0, err
+    card = (out / "README.md").read_text()
+    assert f"signbit quantize {llama_dir} -o {out} --method pbllm" in card
+    assert "salient=0.3" in card
+
+
+def test_dry_run_writes_nothing_and_reads_no_weight(llama_dir, tmp_path, capsys):
+    before = sorted(os.listdir(tmp_path))
+    weights = Path(llama_dir, "model.safetensors")
+    content = weights.read_bytes()
+    weights.unlink()
+    code, printed, err = run(capsys, f"quantize {llama_dir} -o {tmp_path}/out --group 8 --head int8 --dry-run")
+    assert code == 0, err
+    assert "nothing was written" in printed
+    assert "memory needed" in printed
+    assert "3.000" in printed, "true bits of a group of 8: 1 + 16/8"
+    assert sorted(os.listdir(tmp_path)) == before
+    weights.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("quantize {llama} -o {out} --method absmeen", "there is no method 'absmeen'; there are absmean, pbllm"),
+        ("quantize {llama}", "give -o OUT, or --dry-run"),
+        ("quantize {llama} -o {llama} --overwrite", "is the source model"),
+        ("quantize {tmp}/nowhere -o {out}", "there is no directory"),
+        ("quantize {empty} -o {out}", "is empty"),
+        ("quantize {text} -o {out}", "is a file; give a Hugging Face model directory"),
+        ("quantize no-such-org/no-such-model -o {out}", "no-such-org/no-such-model could not be loaded"),
+        ("quantize {llama} -o {out} --group 48", "q_proj: a group of 48 columns does not divide 32; use one of 32"),
+        ("quantize {llama} -o {out} --keep layers.9", "--keep layers.9 matches no linear layer"),
+        ("quantize {llama} -o {out} --device cuda:7", "the device 'cuda:7' cannot be used here"),
+        ("quantize {llama} -o {text}", "is a file or a link"),
+        ("info {llama}", "not packed by signbit; make it so with"),
+        ("info {tmp}/nowhere", "is no directory"),
+        ("eval {llama} --ppl nothing.txt", "nothing.txt is no file, and no named set either"),
+        ("eval {llama} --ppl wikitext2 --data-dir {empty}", "has no file for wikitext2"),
+        ("eval {llama} --ppl wikitext2 --window 64", "are for texts of your own"),
+        ("eval {llama} --ppl {text} --window 64 --max-windows 0", "at least 1 window"),
+        ("eval {llama} --ppl {text} --window 50 --json {tmp}/no/dir.json", "cannot be written"),
+        ("generate {llama} ''", "the prompt is empty"),
+        ("generate {llama} w3 --temperature -1", "--temperature is -1"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(command, message, llama_dir, tmp_path, text_file, capsys):
+    (tmp_path / "empty").mkdir()
+    places = {
+        "llama": llama_dir,
+        "out": tmp_path / "out",
+        "tmp": tmp_path,
+        "empty": tmp_path / "empty",
+        "text": text_file,
+    }
+    try:
+        code, _, err = run(capsys, command.format(**places))
+    except SystemExit as stop:  # tyro's own, for values that do not parse
+        code, err = stop.code, capsys.readouterr().err
+    assert code in (1, 2)
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_out_is_refused_before_any_work(llama_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(capsys, f"quantize {llama_dir} -o {out}")[0] == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    code, _, err = run(capsys, f"quantize {llama_dir} -o {out} --group 8")
+    assert code == 1
+    assert "exists; give another -o, or --overwrite to replace it" in err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert run(capsys, f"quantize {llama_dir} -o {out} --group 8 --overwrite")[0] == 0
+    code, _, err = run(capsys, f"quantize {out} -o {tmp_path}/twice")
+    assert code == 1
+    assert "is quantized already (signbit)" in err
+
+
+def test_nan_in_the_weights_names_the_layer(llama, tokenizer, tmp_path, capsys):
+    with torch.no_grad():
+        llama.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
+    llama.save_pretrained(tmp_path / "bad")
+    code, _, err = run(capsys, f"quantize {tmp_path}/bad -o {tmp_path}/out")
+    assert code == 1
+    assert "model.layers.1.self_attn.o_proj: 1 of its 1024 weights are NaN or infinite" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_verbs_and_options(llama_dir, capsys):
+    code, _, err = run(capsys, "quantise x")
+    assert code == 2
+    assert "there is no verb 'quantise'; there are quantize, info" in err
+    with pytest.raises(SystemExit) as stop:
+        main(["quantize", llama_dir, "-o", "x", "--salient", "0.3"])
+    assert stop.value.code == 2
+    assert "Unrecognized options: --salient" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_noted(llama, tmp_path, capsys):
+    llama.save_pretrained(tmp_path / "bare")
+    code, _, err = run(capsys, f"quantize {tmp_path}/bare -o {tmp_path}/out")
+    assert code == 0
+    assert "will have no tokenizer" in err
+
+
+def test_ctrl_c_writes_nothing(llama_dir, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("signbit.hub.quantizer.quantize_", interrupted)
+    code, _, err = run(capsys, f"quantize {llama_dir} -o {tmp_path}/out")
+    assert code == 130
+    assert "nothing was written" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_of_protocols(capsys):
+    code, printed, _ = run(capsys, "eval --list")
+    assert code == 0
+    for name in ("wikitext2", "ptb", "c4-first1100", "c4-random256", "casterbridge"):
+        assert name in printed
+
+
+def test_the_installed_command_and_the_module(llama_dir, tmp_path):
+    script = Path(sys.executable).parent / "signbit"
+    for command in ([str(script)] if script.exists() else [], [sys.executable, "-m", "signbit"]):
+        if command:
+            done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+            assert done.stdout.startswith("signbit ")
+
+
+def test_chat_reads_from_a_pipe(llama_dir):
+    done = subprocess.run(
+        [sys.executable, "-m", "signbit", "chat", llama_dir, "--max-new-tokens", "2"],
+        input="w3\n/exit\n", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "/clear starts a new conversation" in done.stdout
