@@ -32,8 +32,9 @@ class PbllmOptions(MethodOptions):
     low: Low = "xnor"
     """Quantizer of the rest: xnor (mean ± scale), sign ({0, s}), prune (0), 2bit, 3bit (8 levels, published as
     "4bit"), 4bit (16 levels), or no (unchanged: the layer stays dense, which needs --allow-partial)."""
-    scale_over: Literal["binarized", "all"] = "binarized"
-    """xnor's mean and scale are taken over the binarized weights, or over all with salient ones as 0 (published)."""
+    scale_over: Literal["binarized", "all"] = "all"
+    """xnor's mean and scale are taken over all weights with salient ones as 0 (published), or over the binarized ones:
+    less error in the weights, yet more in the model (docs/results.md)."""
     group: int = -1
     """Columns of one threshold and one scale; it must divide the layer's input width. -1: all columns."""
     gptq: bool = True

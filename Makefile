@@ -1,0 +1,40 @@
+# Two commands need nothing but Python, pip, make and a C++ compiler: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# Parallel tests share two cores badly: torch itself uses them.
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow lint env clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m demo
+
+test: $(VENV)/.test
+	$(PYTEST)
+
+test-slow: $(VENV)/.test $(VENV)/.demo
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+env: $(VENV)/.test $(VENV)/.demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache demo-out
