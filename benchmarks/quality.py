@@ -24,6 +24,7 @@ RTN = {"gptq": False, "saliency": "magnitude"}
 SETTINGS = {
     "absmean, group 64": {"method": "absmean", "group": 64},
     "absmean, row": {"method": "absmean"},
+    "pbllm 3bit, 2 % salient": {"method": "pbllm", "low": "3bit", "salient": 0.02, **RTN},
     "pbllm, 10 % salient": {"method": "pbllm", "salient": 0.1, **RTN},
     "pbllm, 30 % salient": {"method": "pbllm", "salient": 0.3, **RTN},
     "pbllm, 50 % salient": {"method": "pbllm", "salient": 0.5, **RTN},
