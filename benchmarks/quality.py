@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--only", help="measure only settings whose name contains this")
+    parser.add_argument("--only", help="measure only settings whose name contains this; | divides several")
     parser.add_argument("--sample", help="also print a greedy continuation of this text")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -60,7 +60,7 @@ def main() -> None:
     del dense
     rows: list[Row] = []
     for label, setting in SETTINGS.items():
-        if args.only and args.only not in label:
+        if args.only and not any(part in label for part in args.only.split("|")):
             continue
         with tempfile.TemporaryDirectory() as scratch:
             source = load_source(args.model)

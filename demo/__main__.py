@@ -67,7 +67,8 @@ def card(lines: list[Line]) -> str:
     """The report card in Markdown."""
     one_bit, dense, small = lines[1], lines[0], lines[2]
     rows = [
-        f"| {x.label} | {x.megabytes:.0f} | {x.layer_bits:.3f} | {x.file_bits:.3f} | {x.perplexity:,.1f} | {x.tokens_per_s:.1f} |"
+        f"| {x.label} | {x.megabytes:.0f} | {x.layer_bits:.3f} | {x.file_bits:.3f} "
+        f"| {x.perplexity:,.1f} | {x.tokens_per_s:.1f} |"
         for x in lines
     ]
     samples = [f"* {x.label}: {PROMPT} **{x.text}**" for x in lines]
@@ -118,10 +119,11 @@ def main() -> None:
         say(f"2. signbit {command}")
         if code := signbit(shlex.split(command)):
             sys.exit(code)
+    parameters = measure_size(OUT / SETTINGS[0][2]).parameters
     say("3. measuring")
     for label, directory in (("full precision", source), *((label, OUT / name) for label, _, name in SETTINGS)):
         if directory is source:
-            sizes = (dense_bytes / 1e6, 16.0, 16.0)
+            sizes = (dense_bytes / 1e6, 8 * dense_bytes / parameters, 8 * dense_bytes / parameters)
         else:
             size = measure_size(directory)
             sizes = (size.file_bytes / 1e6, size.bits_per_weight, size.bits_per_parameter)

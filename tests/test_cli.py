@@ -45,8 +45,12 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
         main([verb, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for field in cli.VERBS[verb][1].__dataclass_fields__:
-        assert field.upper() in out or f"--{field.replace('_', '-')}" in out or "TEXT" in out
+    options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "prompt"}
+    options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat") else set()
+    options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
+    assert "MODEL" in out
+    for option in options:
+        assert f"--{option.replace('_', '-')}" in out
 
 
 def test_help_of_a_method_lists_its_own_options(capsys):
@@ -139,6 +143,11 @@ def test_dry_run_writes_nothing_and_reads_no_weight(llama_dir, tmp_path, capsys)
         ("eval {llama} --ppl {text} --window 50 --json {tmp}/no/dir.json", "cannot be written"),
         ("generate {llama} ''", "the prompt is empty"),
         ("generate {llama} w3 --temperature -1", "--temperature is -1"),
+        ("generate {llama} w3 --repetition-penalty 0", "--repetition-penalty is 0"),
+        ("generate {llama} w3 --seed -1", "--seed is -1"),
+        ("generate {llama} w3 --device meta", "the device 'meta' cannot be used here"),
+        ("eval {llama} --ppl ,", "names nothing to measure"),
+        ("quantize {llama} -o /dev/null", "is a file or a link"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(command, message, llama_dir, tmp_path, text_file, capsys):
@@ -208,7 +217,7 @@ def test_ctrl_c_writes_nothing(llama_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("signbit.hub.quantizer.quantize_", interrupted)
     code, _, err = run(capsys, f"quantize {llama_dir} -o {tmp_path}/out")
     assert code == 130
-    assert "nothing was written" in err
+    assert "no unfinished output is left" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -233,3 +242,75 @@ def test_chat_reads_from_a_pipe(llama_dir):
         input="w3\n/exit\n", capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "/clear starts a new conversation" in done.stdout
+
+
+def damage(llama_dir, change):
+    """Changes the tensors of a dense model on disk."""
+    from safetensors.torch import load_file, save_file
+
+    file = Path(llama_dir, "model.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("verb", ["quantize {} -o {}", "generate {} w3", "eval {} --ppl {} --window 20"])
+def test_a_source_with_a_missing_tensor_is_refused(verb, llama_dir, tmp_path, text_file, capsys):
+    damage(llama_dir, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    second = tmp_path / "out" if "-o" in verb else text_file
+    code, _, err = run(capsys, verb.format(llama_dir, second))
+    assert code == 1
+    assert "the tensor model.layers.1.mlp.up_proj.weight is missing" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["quantize {} -o {}", "generate {} w3"])
+def test_a_truncated_source_is_refused(verb, llama_dir, tmp_path, capsys):
+    file = Path(llama_dir, "model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1000])
+    code, _, err = run(capsys, verb.format(llama_dir, tmp_path / "out"))
+    assert code == 1
+    assert "damaged or cut short" in err
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm"])
+@pytest.mark.parametrize("head", ["keep", "int8"])
+def test_nan_anywhere_is_refused(name, head, llama_dir, tmp_path, capsys):
+    damage(llama_dir, lambda tensors: tensors[f"{name}.weight"].view(-1)[:1].fill_(float("nan")))
+    code, _, err = run(capsys, f"quantize {llama_dir} -o {tmp_path}/out --head {head}")
+    assert code == 1
+    assert f"{name}: 1 of its" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_source_cannot_be_overwritten_by_another_name(llama_dir, tmp_path, capsys):
+    link = tmp_path / "link"
+    link.symlink_to(llama_dir)
+    before = Path(llama_dir, "model.safetensors").read_bytes()
+    for source, out in ((link, llama_dir), (llama_dir, f"{llama_dir}/../llama"), (llama_dir, tmp_path)):
+        code, _, err = run(capsys, f"quantize {source} -o {out} --overwrite")
+        assert code == 1
+        assert "is the source model" in err or "more than a model" in err
+    assert Path(llama_dir, "model.safetensors").read_bytes() == before
+
+
+def test_int8_on_a_dense_model_is_said(llama_dir, tmp_path, text_file, capsys):
+    code, _, err = run(
+        capsys, f"eval {llama_dir} --ppl {text_file} --window 50 --activations int8 --json {tmp_path}/r.json"
+    )
+    assert code == 0
+    assert "has no packed layer; its activations stay exact" in err
+    assert json.loads((tmp_path / "r.json").read_text())["results"][0]["activations"] == "exact"
+
+
+def test_int8_is_run_and_named(llama_dir, tmp_path, text_file, capsys):
+    run(capsys, f"quantize {llama_dir} -o {tmp_path}/out")
+    results = {}
+    for mode in ("exact", "int8"):
+        command = (
+            f"eval {tmp_path}/out --ppl {text_file} --window 50 --activations {mode} --json {tmp_path}/{mode}.json"
+        )
+        assert run(capsys, command)[0] == 0
+        results[mode] = json.loads((tmp_path / f"{mode}.json").read_text())["results"][0]
+    assert [results[mode]["activations"] for mode in results] == ["exact", "int8"]
+    assert 0 < abs(results["exact"]["nll"] - results["int8"]["nll"]) < 0.1

@@ -229,8 +229,9 @@ def quantize(argv: Sequence[str]) -> None:
     if args.out is None:
         raise OptionError("where to? give -o OUT, or --dry-run to see what would be done")
     target = packed_format.check_target(args.out, args.overwrite)
-    if target == Path(args.model).absolute():
-        raise OptionError(f"OUT is the source model {args.model} itself; give another directory")
+    source = Path(args.model).resolve()
+    if target.resolve() == source or target.resolve() in source.parents:
+        raise OptionError(f"OUT is the source model {args.model} itself, or holds it; give another directory")
     model = load_source(args.model, args.device)
     tokenizer = None
     try:
@@ -299,13 +300,16 @@ def evaluate(argv: Sequence[str]) -> None:
 
     _quiet()
     names = [name.strip() for name in args.ppl.split(",") if name.strip()]
+    if not names:
+        raise OptionError("--ppl names nothing to measure; see signbit eval --list")
     for name in names:
-        check(name, args.data_dir, args.text)
+        check(name, args.data_dir, args.text, args.max_windows)
     results: list[dict[str, Any]] = []
     for model_name in (args.model, *args.against):
         model = load_any(model_name, args.run.dtype, args.run.device)
         tokenizer = load_tokenizer(model_name)
-        set_activations(model, args.run.activations)
+        if not set_activations(model, args.run.activations):
+            print(f"note: {model_name} has no packed layer; its activations stay exact", file=sys.stderr)
         for name in names:
             with tqdm(desc=f"{Path(model_name).name} {name}", unit="window", disable=None, leave=False) as bar:
 
@@ -314,9 +318,7 @@ def evaluate(argv: Sequence[str]) -> None:
                     bar.set_postfix_str(f"ppl {value:.2f}", refresh=False)
                     bar.update(done - bar.n)
 
-                result = perplexity(
-                    model, tokenizer, name, args.data_dir, args.text, args.max_windows, args.run.activations, step
-                )
+                result = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step)
             results.append({"model": model_name, **result.to_dict()})
         del model
     anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (args.against or ("",))[-1]}
@@ -353,7 +355,7 @@ def generate(argv: Sequence[str]) -> None:
     print()
     print(
         f"[{result.new_tokens} tokens in {result.seconds_s:.1f} s; {result.decode_tokens_per_s:.1f} tokens/s after "
-        f"the first{'; stopped' if result.stopped else ''}]",
+        f"the first{'; stopped' if result.stopped else ''}{'; the context is full' if result.context_full else ''}]",
         file=sys.stderr,
     )
 
@@ -375,7 +377,8 @@ def _load_to_run(args: Any) -> tuple[Any, Any]:
 
     _quiet()
     model = load_any(args.model, args.run.dtype, args.run.device)
-    set_activations(model, args.run.activations)
+    if not set_activations(model, args.run.activations):
+        print(f"note: {args.model} has no packed layer; its activations stay exact", file=sys.stderr)
     return model, load_tokenizer(args.model)
 
 
@@ -423,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"signbit: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("signbit: interrupted; nothing was written", file=sys.stderr)
+        print("signbit: interrupted; no unfinished output is left", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_ERROR

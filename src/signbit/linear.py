@@ -381,13 +381,21 @@ class Int8Embedding(_Int8):
         return F.embedding(ids, self.weight).to(scale.dtype) * scale
 
 
-def set_activations(model: nn.Module, mode: str) -> None:
+def get_activations(model: nn.Module) -> str:
+    """The mode in which `model` takes activations: "exact" (a dense model too), "int8", or "mixed"."""
+    modes = {module.activations for module in model.modules() if isinstance(module, (PackedLinear, Int8Head))}
+    return "mixed" if len(modes) > 1 else modes.pop() if modes else "exact"
+
+
+def set_activations(model: nn.Module, mode: str) -> bool:
     """Makes every PackedLinear and Int8Head of `model` take its activations as `mode`: "exact" or "int8".
 
-    A layer with act_bits of its own keeps them. Raises OptionError for another mode.
+    A layer with act_bits of its own keeps them. Returns whether that is now the model's mode, which it is not for
+    "int8" on a model without such a layer. Raises OptionError for another mode.
     """
     if mode not in ops.ACTIVATION_MODES:
         raise OptionError(f"activations are {mode!r}; allowed: {', '.join(ops.ACTIVATION_MODES)}")
     for module in model.modules():
         if isinstance(module, (PackedLinear, Int8Head)):
             module.activations = mode
+    return get_activations(model) == mode

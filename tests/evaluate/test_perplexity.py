@@ -84,6 +84,7 @@ def test_bos_stands_before_each_window_and_costs_no_token(tokenizer, tmp_path):
     assert [seen[1:] for seen in model.seen] == [list(range(3, 22)), list(range(22, 41))]
     assert result.predicted_tokens == 38
     assert result.bos
+    assert result.stride == 19
 
 
 def test_long_windows_in_pieces_give_the_same(tokenizer, tmp_path):
@@ -113,9 +114,9 @@ def test_nan_logits_stop(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (TextOptions(window=1), "a window of 1 tokens"),
-        (TextOptions(window=10, stride=11), "1 ≤ stride ≤ window"),
-        (TextOptions(window=10, stride=0), "1 ≤ stride ≤ window"),
+        (TextOptions(window=1), "a window of 1 tokens needs"),
+        (TextOptions(window=10, stride=11), "needs 1 ≤ stride ≤ 10; the stride is 11"),
+        (TextOptions(window=10, stride=0), "needs 1 ≤ stride ≤ 10"),
         (TextOptions(window=5000), "has 50 tokens, fewer than one window of 5000"),
     ],
 )
@@ -155,9 +156,9 @@ def c4_file(folder, documents):
 
 
 def test_wikitext2_rows_are_lines_with_blank_ones_empty(tmp_path, tokenizer):
-    (tmp_path / "wiki.test.raw").write_text(" \n = Title = \n \nText one .\n")
+    (tmp_path / "wiki.test.raw").write_text(" \n = Title = \n \nText\u2028one\x85 .\nend")
     text = read_protocol(PROTOCOLS["wikitext2"], tmp_path)
-    assert text.documents == ("", " = Title = \n", "", "Text one .\n")
+    assert text.documents == ("", " = Title = \n", "", "Text\u2028one\x85 .\n", "end"), "lines end at \\n alone"
     result = check("wikitext2", tmp_path)
     assert result is None
 
@@ -253,7 +254,7 @@ def test_hub_rows_are_read_through_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert len(read_protocol(PROTOCOLS["wikitext2"]).documents) == 4358
     assert len(read_protocol(PROTOCOLS["c4-first1100"]).documents) == 1100
-    assert calls[0] == (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})
+    assert calls[0] == (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "revision": None})
     assert calls[1][1]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
 
 
@@ -292,9 +293,13 @@ def test_smollm2_is_loaded_right(shared):
 # Size.
 
 
-def test_info_counts_bytes(llama, tmp_path):
+@pytest.mark.parametrize(("salient", "bits"), [(0.1, 8), (0.3, 1)])
+def test_info_counts_bytes(llama, tmp_path, salient, bits):
     before = sum(p.numel() for p in llama.parameters())
-    signbit.quantize_(llama, signbit.SignbitConfig("pbllm", salient=0.1, gptq=False, saliency="magnitude", head="int8"))
+    config = signbit.SignbitConfig(
+        "pbllm", salient=salient, salient_bits=bits, gptq=False, saliency="magnitude", head="int8"
+    )
+    signbit.quantize_(llama, config)
     out = signbit.save(llama, tmp_path / "packed")
     size = measure_size(out)
     assert size.parameters == before

@@ -147,6 +147,12 @@ def test_directories_that_are_none(tmp_path, llama_dir):
         signbit.load(tmp_path)
     with pytest.raises(FormatError, match="not packed by signbit; make it so with"):
         signbit.load(llama_dir)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(FormatError, match="not packed by signbit"):
+        signbit.load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"index\.json is damaged"):
+        weight_files(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(FormatError, match="no valid JSON"):
         signbit.load(tmp_path)
@@ -212,8 +218,21 @@ def test_what_may_be_overwritten(tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("x")
     with pytest.raises(FormatError, match="exists; give another"):
         check_target(tmp_path / "home", overwrite=False)
-    with pytest.raises(FormatError, match=r"holds no config\.json"):
+    with pytest.raises(FormatError, match=r"holds thesis\.tex, so it is more than a model"):
         check_target(tmp_path / "home", overwrite=True)
+
+
+def test_overwrite_deletes_no_project(tmp_path):
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / "config.json").write_text("{}")
+    for extra in ("src", None):
+        with pytest.raises(FormatError, match="more than a model"):
+            check_target(project, overwrite=True)
+        if extra:
+            (project / extra).rmdir()
+    (project / "model.safetensors").write_bytes(b"")
+    assert check_target(project, overwrite=True) == project
 
 
 def test_stale_temporary_directories_of_dead_processes_are_removed(tmp_path):

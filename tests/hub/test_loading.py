@@ -125,6 +125,15 @@ def test_quantize_while_loading(llama_dir, setting, ids, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, loaded(ids).logits)
 
 
+def test_quantize_while_loading_keeps_its_report_for_the_card(llama_dir, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(llama_dir, quantization_config=signbit.SignbitConfig(group=8))
+    assert len(loaded.hf_quantizer.report.binarized) == 14
+    assert (
+        "| model.layers.*.mlp.up_proj | 2 | binarized |"
+        in (signbit.save(loaded, tmp_path / "p") / "README.md").read_text()
+    )
+
+
 def test_quantize_while_loading_refuses_offloading(llama_dir, tmp_path):
     device_map = {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(OptionError, match="quantize it first"):
@@ -291,14 +300,26 @@ def test_transformers_still_loads_other_models(llama_dir):
 def test_lm_eval_loads_it_as_any_hf_model(packed, tmp_path):
     pytest.importorskip("lm_eval")
     out, _ = packed
-    code = """
-import sys
-from lm_eval.models.huggingface import HFLM
-from lm_eval.api.instance import Instance
-lm = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu", batch_size=2)
-request = Instance(request_type="loglikelihood", doc={}, arguments=("w3 w4", " w5"), idx=0)
-print("RESULT", lm.loglikelihood([request])[0][0])
+    rows = [{"question": f"w{i} w{i + 1}", "answers": ["w3", "w4"], "label": i % 2} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(
+        f"""task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {tmp_path}/rows.jsonl}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: label
+doc_to_choice: answers
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-    done = run_python(code, out)
+    )
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={out},trust_remote_code=True",
+        "--tasks", "tiny", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2",
+    ]  # fmt: skip
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.split("RESULT")[1]) < 0
+    assert "|tiny" in done.stdout
+    assert "acc" in done.stdout

@@ -64,6 +64,8 @@ METHOD_CASES = {
     "absmean_g": ("absmean", {"group": 24}),
     "pbllm": ("pbllm", {**_RTN, "salient": 0.1}),
     "pbllm_g": ("pbllm", {**_RTN, "salient": 0.3, "group": 24, "salient_bits": 4}),
+    "pbllm_masked": ("pbllm", {**_RTN, "salient": 0.3, "scale_over": "binarized"}),
+    "pbllm_3bit": ("pbllm", {**_RTN, "low": "3bit", "salient": 0.02}),
     "pbllm_sign": ("pbllm", {**_RTN, "low": "sign"}),
     "pbllm_prune": ("pbllm", {**_RTN, "low": "prune"}),
     "pbllm_2bit": ("pbllm", {**_RTN, "low": "2bit"}),

@@ -233,6 +233,14 @@ def test_deterministic_and_arguments_unchanged():
     assert all(torch.equal(a, b) for a, b in zip(copies, (t for t in w.operands() if torch.is_tensor(t)), strict=True))
 
 
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_autocast_changes_nothing(mode):
+    w, x = cases.make("all"), torch.randn(4, 96)
+    want = binary_linear(x, w.operands(), mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(binary_linear(x, w.operands(), mode), want)
+
+
 # 9. Import.
 
 

@@ -62,6 +62,8 @@ def test_messages_go_through_the_chat_template(model, tokenizer, monkeypatch):
         ({"temperature": -1.0}, "--temperature is -1"),
         ({"top_p": 0.0}, "--top-p"),
         ({"top_k": -1}, "--top-k"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty"),
+        ({"seed": -1}, "--seed"),
     ],
 )
 def test_options(values, message):
@@ -78,6 +80,41 @@ def test_prompts_that_cannot_be(model, tokenizer):
     try:
         with pytest.raises(OptionError, match="no chat template, so it cannot chat; use signbit generate"):
             generate(model, tokenizer, [{"role": "user", "content": "w1"}])
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_the_context_is_never_passed(model, tokenizer):
+    result = generate(model, tokenizer, " ".join(["w3"] * 120), GenerateOptions(max_new_tokens=50))
+    assert result.new_tokens <= 8
+    assert result.context_full == (result.new_tokens == 8)
+
+
+def test_a_learned_position_table_is_never_passed(tokenizer):
+    from tests.families import gpt2
+
+    result = generate(gpt2(), tokenizer, " ".join(["w3"] * 100), GenerateOptions(max_new_tokens=200))
+    assert result.new_tokens <= 28
+
+
+def test_what_the_template_refuses_is_said_and_the_chat_goes_on(model, tokenizer):
+    template = tokenizer.chat_template
+    tokenizer.chat_template = "{% if 'w9' in messages[-1]['content'] %}{{ raise_exception('no w9') }}{% endif %}w3"
+    shown = []
+    try:
+        chat(model, tokenizer, GenerateOptions(max_new_tokens=1), None, script("w9", "w4", "/exit"), shown.append)
+    finally:
+        tokenizer.chat_template = template
+    text = "".join(shown)
+    assert "no w9" in text
+    assert "/clear starts a new conversation]" in text
+
+
+def test_chat_without_a_template_is_refused_at_once(model, tokenizer):
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(OptionError, match="no chat template"):
+            chat(model, tokenizer, GenerateOptions(), None, script())
     finally:
         tokenizer.chat_template = template
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,7 +31,9 @@ class Protocol:
     local: tuple[str, ...]
     """Names under which --data-dir is searched for the file."""
     hub: tuple[str, str | None, str, str] | None = None
-    """Data set, configuration, split, column; the split of a data file where the configuration names one."""
+    """Data set, configuration (or data file), split, column."""
+    hub_revision: str | None = None
+    """Branch of the data set; the converted one where the main one is a script, which `datasets` ≥ 4 does not run."""
     max_tokens: int | None = None
     """The joined text is cut to this many tokens."""
     random_windows: int | None = None
@@ -56,6 +59,7 @@ PROTOCOLS: dict[str, Protocol] = {
             " ",
             ("ptb/ptb.test.txt", "ptb.test.txt"),
             ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence"),
+            hub_revision="refs/convert/parquet",
         ),
         Protocol(
             "c4-first1100",
@@ -108,9 +112,10 @@ def _rows(path: Path, protocol: Protocol) -> Iterator[str]:
     text = path.read_text(encoding="utf-8")
     if protocol.name == "wikitext2":
         # The hub's rows are the file's lines, line end included, with blank ones empty.
-        yield from (line if line.strip() else "" for line in text.splitlines(keepends=True))
+        # Lines end at \n alone: str.splitlines would also cut at the Unicode line separators that the text contains.
+        yield from (line if line.strip() else "" for line in re.findall("[^\n]*\n|[^\n]+$", text))
     elif protocol.name == "ptb":
-        yield from (line.strip() for line in text.splitlines() if line.strip())
+        yield from (line.strip() for line in text.split("\n") if line.strip())
     else:
         yield text
 
@@ -141,7 +146,7 @@ def _hub_rows(protocol: Protocol) -> tuple[Iterator[str], str]:
         if configuration is not None and "." in configuration:
             data = load_dataset(name, data_files={split: configuration}, split=split)
         else:
-            data = load_dataset(name, configuration, split=split)
+            data = load_dataset(name, configuration, split=split, revision=protocol.hub_revision)
     except Exception as error:  # datasets raises many kinds, all of which mean that the set is not to be had
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from signbit.data import PROTOCOLS, Protocol, read_protocol, read_text_file
 from signbit.errors import DataError, OptionError, WeightError
+from signbit.linear import get_activations
 
 #: Called after each window with (windows done, windows in all, perplexity so far).
 Progress = Callable[[int, int, float], None]
@@ -30,7 +31,12 @@ class TextOptions:
     stride: int | None = None
     """Tokens from one window to the next; the tokens shared with the window before are context only. Default: window."""
     bos: bool = False
-    """Put the beginning-of-sequence token before each window."""
+    """Put the beginning-of-sequence token before each window, in place of one token of the text."""
+
+    @property
+    def step(self) -> int:
+        """Tokens of the text from one window to the next."""
+        return self.window - self.bos if self.stride is None else self.stride
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,12 @@ def _window_nll(model: Any, ids: Tensor, context: int) -> tuple[float, int]:
     return total, len(targets) - first
 
 
-def check(name: str, data_dir: str | Path | None = None, options: TextOptions | None = None) -> None:
+def check(
+    name: str,
+    data_dir: str | Path | None = None,
+    options: TextOptions | None = None,
+    max_windows: int | None = None,
+) -> None:
     """Raises DataError or OptionError, before any model is loaded, if `name` and `options` cannot be measured."""
     protocol = PROTOCOLS.get(name)
     chosen = options or TextOptions()
@@ -125,18 +136,17 @@ def check(name: str, data_dir: str | Path | None = None, options: TextOptions | 
         )
     elif data_dir is not None:
         read_protocol(protocol, data_dir)
-    stride = chosen.window if chosen.stride is None else chosen.stride
-    if chosen.window < 2 or not 1 <= stride <= chosen.window:
-        raise OptionError(
-            f"a window of {chosen.window} tokens with a stride of {stride}: 1 ≤ stride ≤ window is needed"
-        )
+    room = chosen.window - chosen.bos
+    if chosen.window < 2 or not 1 <= chosen.step <= room:
+        raise OptionError(f"a window of {chosen.window} tokens needs 1 ≤ stride ≤ {room}; the stride is {chosen.step}")
+    if max_windows is not None and max_windows < 1:
+        raise OptionError(f"--max-windows is {max_windows}; at least 1 window is needed")
 
 
 def _prepare(
     name: str, tokenizer: Any, data_dir: str | Path | None, options: TextOptions | None
 ) -> tuple[list[tuple[Tensor, int]], str, str, TextOptions]:
     """Windows with their context, label, source and the options in force."""
-    check(name, data_dir, options)
     protocol: Protocol | None = PROTOCOLS.get(name)
     if protocol is None:
         chosen = options or TextOptions()
@@ -148,7 +158,6 @@ def _prepare(
         joined, label = protocol.joiner.join(text.documents), name
         if len(text.documents) < protocol.documents:
             label = f"{name}, {len(text.documents)} of {protocol.documents} documents"
-    stride = chosen.window if chosen.stride is None else chosen.stride
     bos = None
     if chosen.bos:
         bos = tokenizer.bos_token_id
@@ -156,18 +165,16 @@ def _prepare(
             raise OptionError("--bos was asked for, but the tokenizer has no beginning-of-sequence token")
     if protocol is not None and protocol.random_windows is not None:
         cut = _random_windows(tokenizer, text.documents, protocol.random_windows, chosen.window)
-        return [(piece, 0) for piece in cut], label, text.source, replace(chosen, stride=stride)
+        return [(piece, 0) for piece in cut], label, text.source, chosen
     ids = _tokens(tokenizer, joined)
     if protocol is not None and protocol.max_tokens is not None:
         ids = ids[: protocol.max_tokens]
-    windows = _windows(
-        ids, chosen.window, chosen.window - 1 if bos is not None and stride == chosen.window else stride, bos
-    )
+    windows = _windows(ids, chosen.window, chosen.step, bos)
     if not windows:
         raise DataError(
             f"{text.source} has {len(ids)} tokens, fewer than one window of {chosen.window}; use a smaller --window"
         )
-    return windows, label, text.source, replace(chosen, stride=stride)
+    return windows, label, text.source, chosen
 
 
 def perplexity(
@@ -177,7 +184,6 @@ def perplexity(
     data_dir: str | Path | None = None,
     options: TextOptions | None = None,
     max_windows: int | None = None,
-    activations: str = "exact",
     progress: Progress | None = None,
 ) -> Perplexity:
     """exp of the mean negative log-likelihood over the windows of a text, each window on its own.
@@ -186,10 +192,9 @@ def perplexity(
     `max_windows` stops early, and the result says so. Raises DataError or OptionError for texts and options that do
     not fit, WeightError if the model's logits are NaN.
     """
+    check(name, data_dir, options, max_windows)
     windows, label, source, chosen = _prepare(name, tokenizer, data_dir, options)
     if max_windows is not None and max_windows < len(windows):
-        if max_windows < 1:
-            raise OptionError(f"--max-windows is {max_windows}; at least 1 window is needed")
         label = f"{label}, first {max_windows} of {len(windows)} windows"
         windows = windows[:max_windows]
     device = next(model.parameters()).device
@@ -206,10 +211,9 @@ def perplexity(
         total, count = total + nll, count + tokens
         if progress is not None:
             progress(done, len(windows), _exp(total / count))
-    assert chosen.stride is not None
     return Perplexity(
-        label, _exp(total / count), total / count, len(windows), count, chosen.window, chosen.stride, chosen.bos,
-        source, str(model.dtype).removeprefix("torch."), str(device), activations, time.perf_counter() - begin,
+        label, _exp(total / count), total / count, len(windows), count, chosen.window, chosen.step, chosen.bos,
+        source, str(model.dtype).removeprefix("torch."), str(device), get_activations(model), time.perf_counter() - begin,
     )  # fmt: skip
 
 

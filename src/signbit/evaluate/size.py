@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from signbit.format import read_description, read_headers, verify, weight_files
+import numpy as np
+
+from signbit.format import TensorHeader, read_description, read_headers, verify, weight_files
+from signbit.linear import LayerSpec
 from signbit.models.report import bits_range, kind_of
 
 
@@ -82,6 +86,16 @@ class ModelSize:
         }
 
 
+def _salient_count(headers: Mapping[str, TensorHeader], name: str, spec: LayerSpec) -> int:
+    positions = headers.get(f"{name}.salient_positions")
+    if positions is None:
+        return 0
+    if spec.weights[0].salient_positions == "offsets":
+        return positions.shape[0]
+    bitmap = np.fromfile(positions.file, np.uint8, positions.nbytes, offset=positions.begin)
+    return int(np.unpackbits(bitmap).sum())
+
+
 def measure_size(directory: str | Path) -> ModelSize:
     """Sizes of a packed directory from its headers; no weight is loaded. Raises FormatError as `format` does."""
     _, description = read_description(directory)
@@ -95,8 +109,7 @@ def measure_size(directory: str | Path) -> ModelSize:
         tensors = {tensor for tensor in headers if tensor.rpartition(".")[0] == name and not tensor.endswith(".bias")}
         counted |= tensors
         rows, columns = spec.weights[-1].out_features, spec.weights[0].in_features
-        codes, code_bits = headers.get(f"{name}.salient_codes"), spec.weights[0].salient_bits
-        salient = 8 * codes.nbytes // code_bits / (rows * columns) if codes else 0.0
+        salient = _salient_count(headers, name, spec) / (rows * columns)
         layers.append(LayerSize(name, rows, columns, sum(headers[t].nbytes for t in tensors), salient))
         parameters += sum(weight.out_features * weight.in_features for weight in spec.weights)
     for name, int8 in description.int8.items():

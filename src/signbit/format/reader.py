@@ -50,8 +50,8 @@ def read_description(directory: str | Path) -> tuple[dict[str, Any], Description
         raise FormatError(f"{directory} has no config.json, so it is no model directory") from None
     except ValueError as error:
         raise FormatError(f"{path} is no valid JSON ({error}); {AGAIN}") from error
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise FormatError(
             f"{directory} is not packed by signbit; make it so with `signbit quantize {directory} -o OUT`"
         )
@@ -66,7 +66,11 @@ def weight_files(directory: str | Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise FormatError(f"{directory} has neither model.safetensors nor model.safetensors.index.json; {AGAIN}")
-    files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
+    files = [directory / name for name in names]
     for file in files:
         if not file.exists():
             raise FormatError(f"{file} is missing, though the index names it; {AGAIN}")

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from signbit.errors import FormatError
 
+#: Files that a model directory has; --overwrite deletes no directory with others in it.
+_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".md", ".py", ".jinja", ".txt", ".model")
 #: The size at which transformers' save_pretrained begins another file; the same here, so that both write equal files.
 SHARD_BYTES = 50_000_000_000
 _SAFETENSORS_NAMES = {
@@ -41,16 +43,20 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def check_target(out: str | Path, overwrite: bool) -> Path:
     """The absolute path of OUT; raises FormatError if something is there that may not be replaced."""
     path = Path(out).absolute()
-    if path.is_symlink() or path.is_file():
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise FormatError(f"{out} is a file or a link; give the name of a directory that signbit may make")
-    if not path.exists() or not any(path.iterdir()):
+    try:
+        names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    except OSError as error:
+        raise FormatError(f"{out} cannot be read ({error.strerror}); give another -o") from error
+    if not names:
         return path
     if not overwrite:
         raise FormatError(f"{out} exists; give another -o, or --overwrite to replace it")
-    if not (path / "config.json").exists():
-        raise FormatError(
-            f"{out} holds no config.json, so it is no model; signbit will not replace it: delete it yourself"
-        )
+    strange = [name for name in names if Path(name).suffix not in _MODEL_SUFFIXES or (path / name).is_dir()]
+    if strange or not any(name.endswith((".safetensors", ".bin")) for name in names):
+        what = f"holds {strange[0]}" if strange else "holds no weights"
+        raise FormatError(f"{out} {what}, so it is more than a model; signbit will not replace it: delete it yourself")
     return path
 
 
@@ -78,7 +84,7 @@ def _replace_directory(staging: Path, out: Path) -> None:
         out.rename(old)
     try:
         staging.rename(out)
-    except OSError:
+    except BaseException:  # Ctrl-C between the two renames too
         if existed:
             old.rename(out)
         raise

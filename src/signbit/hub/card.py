@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def make_card(
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     entries = sum(w.out_features * w.in_features for module in packed for w in module.weights)
     packed_bytes = sum(module.nbytes for module in packed)
-    hub_id = base_model is not None and base_model.count("/") == 1 and not base_model.startswith((".", "/"))
+    hub_id = base_model is not None and base_model.count("/") == 1 and not Path(base_model).exists()
     front = ["---", "library_name: transformers", "tags: [signbit, 1-bit, quantized]"]
     if hub_id:
         front += [f"base_model: {base_model}", "base_model_relation: quantized"]
@@ -62,7 +63,7 @@ def make_card(
         f"| method | {settings.get('method', 'unknown')} |",
         f"| options | {', '.join(f'{k}={v}' for k, v in settings.get('options', {}).items()) or 'none'} |",
         f"| bits per weight of the binarized layers, from bytes | {8 * packed_bytes / max(1, entries):.3f} |",
-        f"| bits per parameter of the whole file | {8 * nbytes / parameters:.3f} |",
+        f"| bits per parameter, all tensors | {8 * nbytes / parameters:.3f} |",
         f"| parameters | {parameters:,} |",
         f"| bytes of weights | {nbytes:,} |",
         f"| written by | signbit {VERSION} |",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from signbit import format as packed_format
@@ -28,8 +29,23 @@ def _check_directory(model: str) -> None:
         raise FormatError(f"there is no directory {model}; give a Hugging Face model directory or a hub id")
 
 
+#: What transformers, safetensors and json raise for a model that is damaged or not one.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+
+
+def _from_pretrained(model: str, **kwargs: Any) -> Any:
+    """AutoModelForCausalLM.from_pretrained that does not go on with random numbers for tensors that are missing."""
+    loaded, loading = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
+    for problem in ("missing", "mismatched"):
+        if names := sorted(map(str, loading[f"{problem}_keys"])):
+            raise FormatError(f"{model}: the tensor {names[0]} is {problem}; copy or download the model again")
+    return loaded
+
+
 def _explain(model: str, error: Exception) -> FormatError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, SafetensorError):
+        first += ": a weight file is damaged or cut short; copy or download the model again"
     return FormatError(f"{model} could not be loaded: {first}")
 
 
@@ -38,7 +54,8 @@ def _is_packed(model: str) -> bool:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (config.get("quantization_config") or {}).get("quant_method") == "signbit"
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "signbit"
 
 
 def _torch_dtype(dtype: str, device: str) -> Any:
@@ -51,8 +68,8 @@ def _torch_dtype(dtype: str, device: str) -> Any:
 
 def _torch_device(device: str) -> str:
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise OptionError(
             f"the device {device!r} cannot be used here ({str(error).splitlines()[0]}); use cpu"
         ) from None
@@ -77,14 +94,10 @@ def load_any(model: str, dtype: str = "auto", device: str = "cpu") -> Any:
     torch_dtype, device = _torch_dtype(dtype, device), _torch_device(device)
     _check_directory(model)
     try:
-        loaded = (
-            load(model, dtype=torch_dtype)
-            if _is_packed(model)
-            else AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype)
-        )
+        loaded = load(model, dtype=torch_dtype) if _is_packed(model) else _from_pretrained(model, dtype=torch_dtype)
     except SignbitError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise _explain(model, error) from error
     return loaded.to(device).eval()
 
@@ -105,10 +118,10 @@ def load_source(model: str, device: str = "cpu", skeleton: bool = False) -> Any:
         if skeleton:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+        return _from_pretrained(model, dtype="auto").to(device).eval()
     except SignbitError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise _explain(model, error) from error
 
 
@@ -116,7 +129,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer beside a model; raises FormatError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _LOADING_ERRORS as error:
         raise FormatError(
             f"{model} has no tokenizer that transformers can load; copy the tokenizer's files there"
         ) from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from signbit import format as packed_format
 from signbit import ptq
@@ -19,6 +20,8 @@ from signbit.hub.config import SignbitConfig
 from signbit.linear import VARIABLE, Int8Embedding, Int8Head, PackedLinear
 from signbit.models import Report, linear_parts, set_module
 from signbit.version import VERSION
+
+logger = logging.get_logger(__name__)
 
 
 def describe(model: nn.Module, settings: dict[str, Any]) -> Description:
@@ -51,6 +54,7 @@ def quantize_(model: nn.Module, config: SignbitConfig, progress: ptq.quantize.Pr
         report = ptq.with_head(report, ptq.quantize_head_(model))
     config.description = describe(model, {**config.settings(), "signbit_version": VERSION})
     quantizer = SignbitHfQuantizer(config, pre_quantized=True)
+    quantizer.report = report
     model.hf_quantizer = quantizer
     quantizer.mark(model)
     return report
@@ -69,6 +73,8 @@ class SignbitHfQuantizer(HfQuantizer):
 
     quantization_config: SignbitConfig
     requires_calibration = False
+    #: What was done to each layer, where this process quantized the model; `save` puts it in the card.
+    report: Report | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
@@ -98,7 +104,11 @@ class SignbitHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
-            quantize_(model, self.quantization_config)
+            report = quantize_(model, self.quantization_config)
+            logger.warning_once(
+                f"signbit: {report.share:.1%} of the repeated blocks' parameters are binarized, at "
+                f"{report.bits_per_weight:.3f} true bits per weight (model.hf_quantizer.report has every layer)"
+            )
             return model
         description = self.quantization_config.description
         if description is not None and description.tensors_sha256 is None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from signbit import format as packed_format
-from signbit.errors import OptionError
+from signbit.errors import FormatError, OptionError
 from signbit.hub.card import make_card
 from signbit.hub.quantizer import SignbitHfQuantizer
 from signbit.models import Report
@@ -32,6 +32,17 @@ def _auto_map_module(architecture: str, config: str) -> str:
     )
 
 
+def _small_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
+    """Config, generation config and tokenizer files as transformers writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
 def save(
     model: nn.Module,
     out: str | Path,
@@ -43,7 +54,8 @@ def save(
 ) -> Path:
     """Writes a packed model to the directory `out`, complete or not at all; returns its path.
 
-    `tokenizer` is saved beside it. `report`, `base_model` and `command` go into the model card. Raises OptionError
+    `tokenizer` is saved beside it. `report` (by default that of the quantizer), `base_model` and `command` go into
+    the model card. Raises OptionError
     if `model` holds no layer of signbit, FormatError if `out` exists (without `overwrite`) or the disk is full.
     """
     quantizer = getattr(model, "hf_quantizer", None)
@@ -60,15 +72,12 @@ def save(
     tensors, _ = quantizer.get_state_dict_and_metadata(model)
     if tensors is None:
         raise OptionError("parts of the model are offloaded; load it without offloading, then save it")
-    with tempfile.TemporaryDirectory() as scratch:
-        config.save_pretrained(scratch)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(scratch)  # type: ignore[union-attr, operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        files = {
-            str(file.relative_to(scratch)): file.read_bytes() for file in Path(scratch).rglob("*") if file.is_file()
-        }
+    try:
+        files = _small_files(model, tokenizer)
+    except OSError as error:
+        raise FormatError(
+            f"{out} could not be written ({error}); nothing was changed there. Free space in /tmp"
+        ) from error
     files[f"{MODULE}.py"] = _auto_map_module(architecture, config_class).encode()
-    files["README.md"] = make_card(model, tensors, report, base_model, command).encode()
+    files["README.md"] = make_card(model, tensors, report or quantizer.report, base_model, command).encode()
     return packed_format.write(out, tensors, files, overwrite)

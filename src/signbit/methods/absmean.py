@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from signbit.linear import BinaryLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_group, group_count, store
+from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_group, check_whole, group_count, store
 from signbit.weight import BinaryWeight
 
 
@@ -26,6 +26,7 @@ class AbsmeanOptions(MethodOptions):
     """Dtype in which scales are stored."""
 
     def __post_init__(self) -> None:
+        check_whole("group", self.group)
         check_choice("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
 
     def check(self, in_features: int) -> None:

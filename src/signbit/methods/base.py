@@ -75,6 +75,12 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise OptionError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
+def check_whole(name: str, value: Any) -> None:
+    """Raises OptionError unless `value` is a whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise OptionError(f"{name} is {value!r}; a whole number is needed")
+
+
 def check_group(group: int, in_features: int) -> None:
     """Raises OptionError, naming the divisors, unless `group` is -1 (the whole row) or divides `in_features`."""
     if group == -1:

@@ -34,7 +34,8 @@ def _binary_linear(
         signs, scale, shift, in_scale, in_shift, salient_codes, salient_positions, salient_counts, salient_scale,
         salient_zero, salient_bits, in_features,
     )  # fmt: skip
-    return dispatch.choose(x.device).binary_linear(x, w, activations).contiguous()
+    with torch.autocast(x.device.type, enabled=False):  # the result has the dtype of x, also inside an autocast
+        return dispatch.choose(x.device).binary_linear(x, w, activations).contiguous()
 
 
 @_binary_linear.register_fake
@@ -63,7 +64,8 @@ def _binary_linear_input_grad(
         signs, scale, shift, in_scale, in_shift, salient_codes, salient_positions, salient_counts, salient_scale,
         salient_zero, salient_bits, in_features,
     )  # fmt: skip
-    return (grad @ bits.dense(w).to(grad.dtype)).contiguous()
+    with torch.autocast(grad.device.type, enabled=False):
+        return (grad @ bits.dense(w).to(grad.dtype)).contiguous()
 
 
 @_binary_linear_input_grad.register_fake
@@ -89,7 +91,8 @@ _binary_linear.register_autograd(_binary_linear_backward, setup_context=_save_we
 
 @torch.library.custom_op("signbit::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Tensor:
-    return dispatch.choose(x.device).int8_linear(x, codes, scale, activations).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        return dispatch.choose(x.device).int8_linear(x, codes, scale, activations).contiguous()
 
 
 @_int8_linear.register_fake

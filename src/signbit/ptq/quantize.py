@@ -72,11 +72,11 @@ def quantize_(
     WeightError (NaN, infinity), with the layer's name; a WeightError for a scale outside its dtype comes at its layer.
     """
     structure = _find(model, options, keep, allow_partial)
-    for target in structure.targets:
-        weight, _ = linear_parts(model.get_submodule(target.name))
-        if bad := int((~torch.isfinite(weight)).sum()):
+    for name, parameter in model.named_parameters():
+        if bad := int((~torch.isfinite(parameter)).sum()):
             raise WeightError(
-                f"{target.name}: {bad} of its {weight.numel()} weights are NaN or infinite; repair the source model"
+                f"{name.removesuffix('.weight')}: {bad} of its {parameter.numel()} weights are NaN or infinite; "
+                "repair the source model"
             )
     decisions: list[Decision] = []
     for done, target in enumerate(structure.targets, start=1):
@@ -142,5 +142,5 @@ def memory(model: nn.Module, report: Report) -> Memory:
     changed = [d for d in report.decisions if d.action in ("binarized", "int8")]
     item = next(model.parameters()).element_size()
     packed = dense - sum(d.parameters * item for d in changed) + sum(d.nbytes for d in changed)
-    largest = max((d.weights for d in report.decisions), default=0)
+    largest = max((d.parameters for d in changed), default=0)
     return Memory(dense, packed, dense + packed + WORKING_BYTES * largest)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
 
 from signbit.errors import OptionError
@@ -39,6 +40,10 @@ class GenerateOptions:
             raise OptionError(f"--top-p is {self.top_p}; above 0, at most 1")
         if self.top_k < 0:
             raise OptionError(f"--top-k is {self.top_k}; 0 (off) or more")
+        if self.repetition_penalty <= 0:
+            raise OptionError(f"--repetition-penalty is {self.repetition_penalty}; above 0 (1 is off)")
+        if not 0 <= self.seed < 2**32:
+            raise OptionError(f"--seed is {self.seed}; 0 to 2**32 - 1")
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `model.generate`."""
@@ -61,18 +66,19 @@ class Generated:
     """New tokens after the first over the time since the first; 0 for a single token."""
     stopped: bool
     """Whether it was interrupted."""
+    context_full: bool = False
+    """Whether it ended because the model's context has no room for more."""
 
 
 class _Clock(StoppingCriteria):
-    """Notes when the first and the last token came, and stops when asked."""
+    """Notes when each token came; it stops nothing."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
-        self.stop = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         self.times_s.append(time.perf_counter())
-        return torch.full((input_ids.shape[0],), self.stop, dtype=torch.bool, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), False, dtype=torch.bool, device=input_ids.device)
 
 
 class _Printer(TextStreamer):
@@ -108,13 +114,19 @@ def generate(
     else:
         if not getattr(tokenizer, "chat_template", None):
             raise OptionError("this model has no chat template, so it cannot chat; use signbit generate")
-        encoded = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise OptionError(f"the model's chat template refuses these messages: {error}") from error
     ids = encoded["input_ids"].to(model.device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + 1 > limit:
         raise OptionError(f"the prompt has {ids.shape[1]} tokens, the model's context {limit}; shorten the prompt")
+    arguments = options.arguments()
+    if limit is not None:
+        arguments["max_new_tokens"] = min(options.max_new_tokens, limit - ids.shape[1])
     set_seed(options.seed)
     clock = _Clock()
     pieces: list[str] = []
@@ -133,7 +145,7 @@ def generate(
             streamer=_Printer(tokenizer, collect),
             stopping_criteria=StoppingCriteriaList([clock]),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **options.arguments(),
+            **arguments,
         )
     except KeyboardInterrupt:
         stopped = True
@@ -141,4 +153,5 @@ def generate(
     count = len(clock.times_s)
     decode_s = clock.times_s[-1] - clock.times_s[0] if count > 1 else 0.0
     rate = (count - 1) / decode_s if decode_s > 0 else 0.0
-    return Generated("".join(pieces), count, end - begin, rate, stopped)
+    full = not stopped and count == arguments["max_new_tokens"] < options.max_new_tokens
+    return Generated("".join(pieces), count, end - begin, rate, stopped, full)
