@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -179,17 +179,24 @@ def _dense_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return linear
 
 
-def _resolve(model: nn.Module, name: str) -> str | None:
-    """`name` as it is called in `model`, which may be the bare decoder (AutoModel) or wrap it under its prefix."""
-    modules = dict(model.named_modules())
+def _places(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each of `names` that `model` has, and what it is called there: `model` may be the bare decoder (AutoModel)."""
+    modules = {name for name, _ in model.named_modules()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in modules), None)
+    candidates = {name: (name, name.removeprefix(prefix), prefix + name) for name in names}
+    found = {name: next((c for c in some if c in modules), None) for name, some in candidates.items()}
+    return {name: place for name, place in found.items() if place is not None}
 
 
 def _pack_skeleton(model: nn.Module, description: Description, headers: Mapping[str, TensorHeader]) -> None:
+    places = _places(model, (*description.layers, *description.int8))
+    lengths: dict[str, dict[str, int]] = {}
+    for tensor, header in headers.items():
+        module, _, last = tensor.rpartition(".")
+        if last.startswith(VARIABLE):
+            lengths.setdefault(module, {})[last] = prod(header.shape)
     for name, spec in description.layers.items():
-        place = _resolve(model, name)
+        place = places.get(name)
         if place is None:
             raise FormatError(f"{type(model).__name__} has no layer {name}, which config.json says is packed")
         old = model.get_submodule(place)
@@ -197,16 +204,11 @@ def _pack_skeleton(model: nn.Module, description: Description, headers: Mapping[
         expected = (spec.weights[-1].out_features, spec.weights[0].in_features)
         if tuple(weight.shape) != expected or (bias is not None) != spec.bias:
             raise FormatError(f"{name} is {expected} in config.json, {tuple(weight.shape)} in the model it describes")
-        variable = {
-            tensor.removeprefix(f"{name}."): prod(header.shape)
-            for tensor, header in headers.items()
-            if tensor.startswith(f"{name}.") and tensor.rpartition(".")[2].startswith(VARIABLE)
-        }
         dtype = torch.get_default_dtype() if bias is None else bias.dtype
-        set_module(model, place, PackedLinear.from_spec(spec, variable, dtype, "meta"))
+        set_module(model, place, PackedLinear.from_spec(spec, lengths.get(name, {}), dtype, "meta"))
     embeddings: dict[str, tuple[str, Int8Embedding]] = {}
     for name, int8 in sorted(description.int8.items(), key=lambda item: item[1].kind):  # embeddings first
-        place = _resolve(model, name)
+        place = places.get(name)
         if place is None and int8.kind == "head":
             continue  # AutoModel gives the decoder without its head.
         if place is None:
