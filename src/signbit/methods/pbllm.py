@@ -42,7 +42,7 @@ class PbllmOptions(MethodOptions):
     "4bit"), 4bit (16 levels), or no (unchanged: the layer stays dense, which needs --allow-partial)."""
     scale_over: Literal["binarized", "all"] = "all"
     """xnor's mean and scale are taken over all weights with salient ones as 0 (published), or over the binarized ones:
-    less error in the weights, yet more in the model (docs/results.md)."""
+    less error in the weights, yet a far higher perplexity at 50 % salient (docs/results.md)."""
     group: int = -1
     """Columns of one threshold and one scale; it must divide the layer's input width. -1: all columns."""
     gptq: bool = True
