@@ -132,10 +132,10 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _progress(total_label: str) -> tuple[Any, Callable[[int, int, str], None]]:
+def _progress(label: str) -> tuple[Any, Callable[[int, int, str], None]]:
     from tqdm import tqdm
 
-    bar: Any = tqdm(desc=total_label, unit="layer", file=sys.stderr, disable=None, leave=False)
+    bar: Any = tqdm(desc=label, unit="layer", file=sys.stderr, disable=None, leave=False)
 
     def step(done: int, total: int, name: str) -> None:
         bar.total = total

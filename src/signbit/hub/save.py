@@ -24,9 +24,9 @@ def _auto_map_module(architecture: str, config: str) -> str:
     """
     return (
         "import signbit  # noqa: F401  pip install signbit: registers its packed layers with transformers\n"
-        f"import transformers\n\n\n"
+        "import transformers\n\n\n"
         f"class {config}(transformers.{config}):\n"
-        f"    pass\n\n\n"
+        "    pass\n\n\n"
         f"class {architecture}(transformers.{architecture}):\n"
         f"    config_class = {config}\n"
     )

@@ -1,6 +1,6 @@
 """Finding the repeated blocks and linear layers of any decoder, and putting other layers in their place."""
 
-from signbit.models.replace import linear_parts, parent_and_name, set_module
+from signbit.models.replace import linear_parts, set_module
 from signbit.models.report import Decision, Report, bits_range, kind_of
 from signbit.models.structure import Structure, Target, find_structure, matches
 
@@ -14,6 +14,5 @@ __all__ = [
     "kind_of",
     "linear_parts",
     "matches",
-    "parent_and_name",
     "set_module",
 ]

@@ -6,15 +6,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-def parent_and_name(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the one with the dotted `name`, and the last part of that name."""
-    parent, _, last = name.rpartition(".")
-    return model.get_submodule(parent), last
-
-
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts `module` at the dotted `name`, in the training mode of what it replaces."""
-    parent, last = parent_and_name(model, name)
+    parent_name, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
     module.train(getattr(parent, last).training)
     setattr(parent, last, module)
 
