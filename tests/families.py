@@ -82,6 +82,14 @@ def mixtral():
     return _decoder(t.MixtralConfig, num_key_value_heads=2, num_local_experts=4)
 
 
+def gpt_oss():
+    """Experts with biases, stored transposed and interleaved, and a gate of their own."""
+    return _decoder(
+        t.GptOssConfig, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+
+
 #: Family → (model, linears a block has).
 DENSE = {
     "llama": (llama, 7),
@@ -94,4 +102,4 @@ DENSE = {
     "opt": (opt, 6),
     "opt_350m": (opt_350m, 6),
 }
-MIXTURES = {"qwen3_moe": qwen3_moe, "mixtral": mixtral}
+MIXTURES = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}

@@ -214,10 +214,10 @@ def test_ctrl_c_writes_nothing(llama_dir, tmp_path, capsys, monkeypatch):
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("signbit.hub.quantizer.quantize_", interrupted)
+    monkeypatch.setattr("signbit.ptq.Walk.run", interrupted)
     code, _, err = run(capsys, f"quantize {llama_dir} -o {tmp_path}/out")
     assert code == 130
-    assert "no unfinished output is left" in err
+    assert "the same command goes on at the last finished block" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -48,14 +48,35 @@ class QuantizeOptions:
     """Embedding and output head: keep them as they are, or store them in int8."""
     keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pattern of layer names to keep as they are, whole dotted parts (layers.0, mlp.*_proj); may be repeated."""
+    rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Options of single layers, 'pattern: key=value, …' ('mlp.down_proj: salient=0.3'); may be repeated, the last
+    match wins."""
+    min_layer: int = 0
+    """First block to binarize, counted from 0."""
+    max_layer: int | None = None
+    """Block before which to stop; default: after the last."""
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of layer names outside of which everything stays as it is; may be repeated."""
+    invert: bool = False
+    """Binarize what --min-layer, --max-layer and --only leave out, instead of what they select."""
     allow_partial: bool = False
     """Accept a result in which under 90 % of the blocks' parameters are binarized."""
+    data_dir: str | None = None
+    """Directory of local calibration sets in place of the hub (c4/c4-train.part.jsonl, wikitext2/wiki.train.raw …)."""
+    inputs_on: Literal["device", "cpu", "disk"] = "cpu"
+    """Where the inputs of a block are kept while it is calibrated."""
+    restart: bool = False
+    """Throw away what an earlier, unfinished run left in OUT.partial; without it, that run is finished."""
+    plot: str | None = None
+    """Also draw each layer's error and true bits to this PNG."""
+    json: str | None = None
+    """Also write what was done to each layer, with its error and bits, to this JSON file."""
     dry_run: bool = False
     """Show what would be converted, sizes, true bits and memory; read no weight, write nothing."""
     overwrite: bool = False
     """Replace OUT if it is a model directory."""
     device: str = "cpu"
-    """Device on which layers are quantized."""
+    """Device on which blocks compute: cpu, cuda, cuda:1 …; the rest of the model stays on the CPU and the disk."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +147,40 @@ def _parse(verb: str, argv: Sequence[str], base: type, **parts: type) -> Any:
 
 
 def _quiet() -> None:
-    """transformers' own progress bars go; its warnings stay."""
-    from transformers.utils import logging
+    """transformers' own progress bars go, and accelerate's word on what is offloaded; other warnings stay."""
+    import logging
 
-    logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
-def _progress(label: str) -> tuple[Any, Callable[[int, int, str], None]]:
-    from tqdm import tqdm
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
-    bar: Any = tqdm(desc=label, unit="layer", file=sys.stderr, disable=None, leave=False)
 
-    def step(done: int, total: int, name: str) -> None:
-        bar.total = total
-        bar.set_postfix_str(name, refresh=False)
-        bar.update(done - bar.n)
+class _Bars:
+    """One progress bar a stage of long work, with the time that is left."""
 
-    return bar, step
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int, name: str) -> None:
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self.close()
+            self._bar = tqdm(desc=stage, total=total, file=sys.stderr, disable=None, leave=False)
+            self._stage = stage
+        self._bar.set_postfix_str(name, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Takes the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -171,10 +209,13 @@ def _bytes(count: float) -> str:
 
 def _print_report(report: Report) -> None:
     rows = [
-        (line.name, str(line.layers), line.action, line.why, line.bits, _bytes(line.nbytes) if line.nbytes else "")
+        (
+            line.name, str(line.layers), line.action, line.why, line.error, line.bits,
+            _bytes(line.nbytes) if line.nbytes else "",
+        )
         for line in report.summary()
-    ]
-    _table(None, ("layers", "count", "what", "why", "true bits", "packed"), rows)
+    ]  # fmt: skip
+    _table(None, ("layers", "count", "what", "why", "error", "true bits", "packed"), rows)
     print(f"{report.share:.1%} of the repeated blocks' parameters are binarized", end="")
     print(f", at {report.bits_per_weight:.3f} true bits per weight" if report.binarized else "")
 
@@ -199,51 +240,65 @@ def _option_value(argv: Sequence[str], flag: str, default: str) -> str:
 
 def quantize(argv: Sequence[str]) -> None:
     """`signbit quantize`."""
+    from signbit.data.calibration import CalibrationOptions
     from signbit.methods import METHODS
     from signbit.methods.base import find_method
+    from signbit.methods.rules import parse_rule
 
     name = _option_value(argv, "--method", "absmean")
-    args = _parse("quantize", argv, QuantizeOptions, **{name: find_method(METHODS, name).options})
+    method = find_method(METHODS, name).options
+    field = name.replace("-", "_")
+    args = _parse("quantize", argv, QuantizeOptions, **{field: method}, calibration=CalibrationOptions)
 
-    from signbit import format as packed_format
     from signbit import ptq
     from signbit.hub.config import SignbitConfig
-    from signbit.hub.load import load_source, load_tokenizer
-    from signbit.hub.quantizer import quantize_
-    from signbit.hub.save import save
+    from signbit.hub.load import load_source
+    from signbit.hub.stream import quantize as quantize_directory
 
     _quiet()
-    config = SignbitConfig(args.method, args.head, args.keep, args.allow_partial, **asdict(getattr(args, name)))
+    options = asdict(getattr(args, field))
+    rules: dict[str, dict[str, Any]] = {}
+    for text in args.rule:
+        pattern, values = parse_rule(text, method)
+        rules[pattern] = {**rules.pop(pattern, {}), **values}
+    config = SignbitConfig(
+        args.method, args.head, args.keep, args.allow_partial, rules, args.min_layer, args.max_layer, args.only,
+        args.invert, **options,
+    )  # fmt: skip
     if args.dry_run:
         model = load_source(args.model, skeleton=True)
-        report = ptq.plan(model, config.options, config.keep, config.allow_partial, int8_head=config.head == "int8")
+        report = ptq.estimate(model, config.plan, int8_head=config.head == "int8")
         _print_report(report)
-        need = ptq.memory(model, report)
+        need = ptq.memory(model, report, config.plan.needs, args.calibration.samples * args.calibration.sequence_length)
         print(f"weights: {_bytes(need.dense_bytes)} now, about {_bytes(need.packed_bytes)} packed")
         print(
-            f"memory needed: about {_bytes(need.peak_bytes)} (the model and the largest layer's working copies; "
-            "Python, torch and transformers take some 300 MB more)"
+            f"memory needed: about {_bytes(need.peak_bytes)}, one block at a time (Python, torch and transformers take "
+            "some 300 MB more)"
         )
+        if need.inputs_bytes:
+            print(f"of that, inputs of a block: {_bytes(need.inputs_bytes)}; --inputs-on disk keeps them there")
         print("nothing was written (--dry-run)")
         return
     if args.out is None:
         raise OptionError("where to? give -o OUT, or --dry-run to see what would be done")
-    target = packed_format.check_target(args.out, args.overwrite)
-    source = Path(args.model).resolve()
-    if target.resolve() == source or target.resolve() in source.parents:
-        raise OptionError(f"OUT is the source model {args.model} itself, or holds it; give another directory")
-    model = load_source(args.model, args.device)
-    tokenizer = None
+    if args.plot is not None:
+        from signbit.evaluate.plot import check_plot
+
+        check_plot(args.plot)
+    bars = _Bars()
     try:
-        tokenizer = load_tokenizer(args.model)
-    except SignbitError as error:
-        print(f"note: {error}; {args.out} will have no tokenizer", file=sys.stderr)
-    bar, step = _progress("quantizing")
-    with bar:
-        report = quantize_(model, config, step)
-    command = shlex.join(["signbit", "quantize", *argv])
-    path = save(model.cpu(), target, tokenizer, report, args.model, command, args.overwrite)
+        path, report = quantize_directory(
+            args.model, args.out, config, args.calibration, args.data_dir, args.device, args.inputs_on, args.overwrite,
+            args.restart, shlex.join(["signbit", "quantize", *argv]), bars, _note,
+        )  # fmt: skip
+    finally:
+        bars.close()
     _print_report(report)
+    _write_json(args.json, {"signbit": VERSION, "layers": [asdict(decision) for decision in report.decisions]})
+    if args.plot is not None:
+        from signbit.evaluate.plot import plot_layers
+
+        plot_layers(report, args.plot, f"{Path(args.model).name}, {args.method}")
     print(f"wrote {path}; see `signbit info {args.out}`")
 
 
@@ -426,7 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"signbit: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("signbit: interrupted; no unfinished output is left", file=sys.stderr)
+        resume = "; the same command goes on at the last finished block" if argv[0] == "quantize" else ""
+        print(f"signbit: interrupted{resume}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_ERROR

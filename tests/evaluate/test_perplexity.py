@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import signbit
-from signbit.data import PROTOCOLS, read_protocol, read_text_file
+from signbit.data import PROTOCOLS, read_set, read_text_file
 from signbit.errors import DataError, OptionError, WeightError
 from signbit.evaluate.perplexity import TextOptions, _windows, check, perplexity
 from signbit.evaluate.size import measure_size
@@ -157,7 +157,7 @@ def c4_file(folder, documents):
 
 def test_wikitext2_rows_are_lines_with_blank_ones_empty(tmp_path, tokenizer):
     (tmp_path / "wiki.test.raw").write_text(" \n = Title = \n \nText\u2028one\x85 .\nend")
-    text = read_protocol(PROTOCOLS["wikitext2"], tmp_path)
+    text = read_set(PROTOCOLS["wikitext2"], tmp_path)
     assert text.documents == ("", " = Title = \n", "", "Text\u2028one\x85 .\n", "end"), "lines end at \\n alone"
     result = check("wikitext2", tmp_path)
     assert result is None
@@ -165,7 +165,7 @@ def test_wikitext2_rows_are_lines_with_blank_ones_empty(tmp_path, tokenizer):
 
 def test_ptb_rows_are_stripped_lines_joined_by_spaces(tmp_path):
     (tmp_path / "ptb.test.txt").write_text(" no it was n't \n\n but they could \n")
-    assert read_protocol(PROTOCOLS["ptb"], tmp_path).documents == ("no it was n't", "but they could")
+    assert read_set(PROTOCOLS["ptb"], tmp_path).documents == ("no it was n't", "but they could")
     assert PROTOCOLS["ptb"].joiner == " "
 
 
@@ -228,7 +228,7 @@ def test_text_files(tmp_path):
 
 
 def test_the_shipped_excerpt_is_small_and_named():
-    text = read_protocol(PROTOCOLS["casterbridge"])
+    text = read_set(PROTOCOLS["casterbridge"])
     assert 20_000 < len(text.documents[0].encode()) < 200_000
     assert "Hardy, 1886" in PROTOCOLS["casterbridge"].help
     assert "Henchard" in text.documents[0]
@@ -239,7 +239,7 @@ def test_hub_sets_without_a_hub_say_what_to_do(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the package datasets.*--data-dir"):
-        read_protocol(PROTOCOLS["ptb"])
+        read_set(PROTOCOLS["ptb"])
 
 
 def test_hub_rows_are_read_through_datasets(monkeypatch):
@@ -252,8 +252,8 @@ def test_hub_rows_are_read_through_datasets(monkeypatch):
         return [{"text": f"row {i}", "sentence": f"row {i}"} for i in range(5000)]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert len(read_protocol(PROTOCOLS["wikitext2"]).documents) == 4358
-    assert len(read_protocol(PROTOCOLS["c4-first1100"]).documents) == 1100
+    assert len(read_set(PROTOCOLS["wikitext2"]).documents) == 4358
+    assert len(read_set(PROTOCOLS["c4-first1100"]).documents) == 1100
     assert calls[0] == (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "revision": None})
     assert calls[1][1]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
 

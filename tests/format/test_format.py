@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_old_directory(packed, llama, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(writer, "write_safetensors", full)
     with pytest.raises(FormatError, match=r"No space left on device.*nothing was changed"):
         signbit.save(llama, packed, overwrite=True)
     assert {p.name: p.read_bytes() for p in packed.iterdir()} == before

@@ -2,7 +2,7 @@
 
 import torch
 
-from signbit.methods import METHODS
+from signbit.methods import METHODS, Moments
 from signbit.methods.base import make_options
 from signbit.weight import BinaryWeight, Salient
 
@@ -55,14 +55,18 @@ def make(kind, n=24, k=96, dtype=torch.float16):
             salient=_salient(n, k, 0.1, bits=3, dtype=dtype),
         )
     method, values = METHOD_CASES[kind]
-    return make_options(METHODS, method, values).binarize(torch.randn(n, k) * 0.02)
+    x = torch.randn(2 * k, k) * torch.rand(k)
+    moments = Moments(x.T @ x / len(x), len(x), torch.randn(k, k) * 0.01)
+    return make_options(METHODS, method, values).binarize(torch.randn(n, k) * 0.02, moments)
 
 
 _RTN = {"gptq": False, "saliency": "magnitude"}
 METHOD_CASES = {
     "absmean": ("absmean", {}),
     "absmean_g": ("absmean", {"group": 24}),
-    "pbllm": ("pbllm", {**_RTN, "salient": 0.1}),
+    "pbllm": ("pbllm", {"salient": 0.1}),
+    "pbllm_rtn": ("pbllm", {**_RTN, "salient": 0.1}),
+    "pb_gptq": ("pb-gptq", {"salient": 0.3, "group": 24}),
     "pbllm_g": ("pbllm", {**_RTN, "salient": 0.3, "group": 24, "salient_bits": 4}),
     "pbllm_masked": ("pbllm", {**_RTN, "salient": 0.3, "scale_over": "binarized"}),
     "pbllm_3bit": ("pbllm", {**_RTN, "low": "3bit", "salient": 0.02}),

@@ -5,7 +5,7 @@ import torch
 
 from signbit.errors import OptionError
 from signbit.methods import PbllmOptions
-from signbit.methods.pbllm import quantize_rows, salient_mask
+from signbit.methods.pbllm import row_codes, salient_mask
 
 RTN = {"gptq": False, "saliency": "magnitude", "scale_dtype": "float32"}
 
@@ -14,7 +14,7 @@ RTN = {"gptq": False, "saliency": "magnitude", "scale_dtype": "float32"}
 @pytest.mark.parametrize("groups", [1, 4])
 def test_salient_count_is_the_published_one(share, groups):
     w = torch.randn(30, 64)
-    mask = salient_mask(w, share, groups)
+    mask = salient_mask(w.abs(), share, groups)
     n = w.numel() // groups
     expected = n - int(n * (1 - share)) - 1
     assert mask.reshape(30, groups, -1).sum((0, 2)).tolist() == [expected] * groups
@@ -25,8 +25,8 @@ def test_salient_count_is_the_published_one(share, groups):
 
 def test_shares_of_none_and_all():
     w = torch.randn(4, 8)
-    assert not salient_mask(w, 0, 1).any()
-    assert salient_mask(w, 1, 1).all()
+    assert not salient_mask(w.abs(), 0, 1).any()
+    assert salient_mask(w.abs(), 1, 1).all()
     assert PbllmOptions(**RTN, salient=0).binarize(w).salient is None
     everything = PbllmOptions(**RTN, salient=1).binarize(w)
     assert everything.salient.count == 32
@@ -38,21 +38,19 @@ def test_codes_of_a_row(bits):
     w = torch.randn(5, 40)
     w[0] = w[0].abs() + 1  # a row without a negative value: the range still includes 0
     w[1] = 0
-    scale, zero, codes = quantize_rows(w, bits, "float32")
+    step, zero = row_codes(w, bits, "float32")
     top = 2**bits - 1
     for i, row in enumerate(w.tolist()):
         low, high = min(0.0, *row), max(0.0, *row)
         s = (high - low) / top
-        assert scale[i] == pytest.approx(s)
-        if s == 0:
-            assert codes[i].tolist() == [int(zero[i])] * 40
-            continue
-        z = round(-low / s)
-        assert int(zero[i]) == z
-        want = [min(max(round(x / s) + z, 0), top) for x in row]
-        assert sum(abs(a - b) for a, b in zip(codes[i].tolist(), want, strict=True)) <= 1, (
-            "rounding of a near tie apart"
-        )
+        assert step[i].item() == pytest.approx(s or 1)
+        assert int(zero[i]) == (round(-low / s) if s else 0)
+    stored = PbllmOptions(**RTN, salient=1, salient_bits=bits).binarize(w).to_dense()
+    for i, row in enumerate(w.tolist()):
+        s, z = step[i].item(), int(zero[i])
+        want = [s * (min(max(round(x / s) + z, 0), top) - z) for x in row]
+        apart = [abs(a - b) > 1e-5 for a, b in zip(stored[i].tolist(), want, strict=True)]
+        assert sum(apart) <= 1, "rounding of a near tie apart"
 
 
 @pytest.mark.parametrize("over", ["binarized", "all"])
@@ -61,7 +59,7 @@ def test_xnor_masked_and_as_published(over, group):
     w = torch.randn(6, 32)
     packed = PbllmOptions(**RTN, salient=0.25, scale_over=over, group=group).binarize(w)
     width = 32 if group == -1 else group
-    mask = ~salient_mask(w, 0.25, 32 // width)
+    mask = ~salient_mask(w.abs(), 0.25, 32 // width)
     dense = packed.to_dense()
     for i in range(6):
         for g in range(32 // width):
@@ -85,7 +83,7 @@ def test_the_masked_scale_has_the_lower_weight_error():
     errors = {}
     for over in ("binarized", "all"):
         dense = PbllmOptions(**RTN, salient=0.5, scale_over=over).binarize(w).to_dense()
-        low = ~salient_mask(w, 0.5, 1)
+        low = ~salient_mask(w.abs(), 0.5, 1)
         errors[over] = (dense - w)[low].square().sum()
     assert errors["all"] > 1.3 * errors["binarized"]
 
@@ -100,7 +98,7 @@ def test_sign_is_zero_or_s():
 def test_prune_keeps_the_salient_alone():
     w = torch.randn(8, 64)
     packed = PbllmOptions(**RTN, low="prune", salient=0.5).binarize(w)
-    mask = salient_mask(w, 0.5, 1)
+    mask = salient_mask(w.abs(), 0.5, 1)
     assert not packed.to_dense()[~mask].any()
     assert (packed.to_dense() - w)[mask].abs().max() < 0.02
 
@@ -135,8 +133,6 @@ def test_true_bits_are_counted_and_not_the_formula():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "need calibration text.*--no-gptq --saliency magnitude"),
-        ({"gptq": False}, "need calibration text"),
         ({**RTN, "salient": 1.5}, "share from 0 to 1"),
         ({**RTN, "salient_bits": 9}, "1 to 8"),
         ({**RTN, "low": "5bit"}, "allowed: xnor, sign, prune, 2bit, 3bit, 4bit, no"),
@@ -146,3 +142,9 @@ def test_true_bits_are_counted_and_not_the_formula():
 def test_bad_options(options, message):
     with pytest.raises(OptionError, match=message):
         PbllmOptions(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"gptq": False}, {"saliency": "magnitude"}])
+def test_what_needs_calibration_says_so(options):
+    with pytest.raises(OptionError, match=r"need calibration text.*--no-gptq --saliency magnitude"):
+        PbllmOptions(**options).binarize(torch.randn(4, 8))

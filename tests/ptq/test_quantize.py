@@ -6,7 +6,8 @@ from tests.families import llama as make_llama
 from signbit.errors import OptionError, StructureError, WeightError
 from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.methods import AbsmeanOptions, PbllmOptions
-from signbit.ptq import memory, plan, plan_head, quantize_, quantize_head_
+from signbit.methods.base import Needs
+from signbit.ptq import Plan, estimate, memory, plan_head, quantize_, quantize_head_
 from signbit.ptq.head import embedding_multiplier
 
 
@@ -15,7 +16,7 @@ def test_nan_and_infinity_name_the_layer(llama, bad):
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight[3, 5] = bad
     with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.down_proj: 1 of its 2304 weights"):
-        quantize_(llama, AbsmeanOptions())
+        quantize_(llama, Plan(AbsmeanOptions()))
     assert not any(isinstance(m, PackedLinear) for m in llama.modules()), "nothing was changed"
 
 
@@ -23,26 +24,26 @@ def test_scales_outside_their_dtype_name_the_layer(llama):
     with torch.no_grad():
         llama.model.layers[0].mlp.up_proj.weight.mul_(1e9)
     with pytest.raises(WeightError, match=r"up_proj: scales up to .* do not fit float16; use --scale-dtype float32"):
-        quantize_(llama, AbsmeanOptions())
+        quantize_(llama, Plan(AbsmeanOptions()))
     tiny = make_llama()
     with torch.no_grad():
         tiny.model.layers[0].mlp.up_proj.weight.mul_(1e-9)
     with pytest.raises(WeightError, match="do not fit float16"):
-        quantize_(tiny, AbsmeanOptions())
-    assert quantize_(make_llama(), AbsmeanOptions(scale_dtype="float32")).share > 0.9
+        quantize_(tiny, Plan(AbsmeanOptions()))
+    assert quantize_(make_llama(), Plan(AbsmeanOptions(scale_dtype="float32"))).share > 0.9
 
 
 def test_a_group_that_does_not_divide_is_an_error_before_anything_changes(llama):
     with pytest.raises(OptionError, match=r"q_proj: a group of 48 columns does not divide 32; use one of 32"):
-        quantize_(llama, AbsmeanOptions(group=48))
+        quantize_(llama, Plan(AbsmeanOptions(group=48)))
     with pytest.raises(OptionError, match=r"down_proj: a group of 32 columns does not divide 72"):
-        quantize_(llama, AbsmeanOptions(group=32))
+        quantize_(llama, Plan(AbsmeanOptions(group=32)))
     assert not any(isinstance(m, PackedLinear) for m in llama.modules())
 
 
 def test_progress_counts_layers(llama):
     seen = []
-    quantize_(llama, AbsmeanOptions(), progress=lambda done, total, name: seen.append((done, total, name)))
+    quantize_(llama, Plan(AbsmeanOptions()), progress=lambda done, total, name: seen.append((done, total, name)))
     assert [done for done, _, _ in seen] == list(range(1, 15))
     assert {total for _, total, _ in seen} == {14}
     assert seen[-1][2] == "model.layers.1.mlp.down_proj"
@@ -53,16 +54,16 @@ def test_bias_stays_in_full_precision():
     with torch.no_grad():
         model.model.decoder.layers[0].fc1.bias.normal_()
     bias = model.model.decoder.layers[0].fc1.bias.detach().clone()
-    quantize_(model, AbsmeanOptions())
+    quantize_(model, Plan(AbsmeanOptions()))
     assert torch.equal(model.model.decoder.layers[0].fc1.bias, bias)
 
 
 def test_low_no_stays_dense_and_is_reported(llama):
     options = PbllmOptions(low="no", salient=0.3, gptq=False, saliency="magnitude")
     with pytest.raises(StructureError, match=r"only 0\.0%.*leaves its matrix dense"):
-        quantize_(llama, options)
+        quantize_(llama, Plan(options))
     before = llama.model.layers[0].mlp.up_proj.weight.detach().clone()
-    report = quantize_(llama, options, allow_partial=True)
+    report = quantize_(llama, Plan(options, allow_partial=True))
     after = llama.model.layers[0].mlp.up_proj.weight
     assert report.binarized == []
     assert 0 < int((before != after).sum()) <= 0.3 * before.numel()
@@ -116,10 +117,10 @@ def test_plan_of_the_head_and_memory(llama):
     with torch.device("meta"):
         skeleton = type(llama)(llama.config)
     assert plan_head(skeleton) == plan_head(llama)
-    report = plan(skeleton, AbsmeanOptions(), int8_head=True)
-    need = memory(llama, report)
+    report = estimate(skeleton, Plan(AbsmeanOptions()), int8_head=True)
+    need = memory(llama, report, Needs(), 0)
     assert need.dense_bytes == sum(p.numel() * 4 for p in llama.parameters())
-    quantize_(llama, AbsmeanOptions())
+    quantize_(llama, Plan(AbsmeanOptions()))
     quantize_head_(llama)
     now = sum(p.numel() * p.element_size() for p in llama.parameters())
     now += sum(b.numel() * b.element_size() for n, b in llama.named_buffers() if "inv_freq" not in n)

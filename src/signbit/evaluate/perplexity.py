@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from signbit.data import PROTOCOLS, Protocol, read_protocol, read_text_file
+from signbit.data import PROTOCOLS, Protocol, read_set, read_text_file
+from signbit.data.tokens import document_windows, tokens
 from signbit.errors import DataError, OptionError, WeightError
 from signbit.linear import get_activations
 
@@ -63,33 +64,6 @@ class Perplexity:
         return asdict(self)
 
 
-def _tokens(tokenizer: Any, text: str) -> Tensor:
-    # The tokenizer warns that a whole corpus is longer than the model's context; it is cut into windows below.
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-    result: Tensor = ids.long()
-    return result
-
-
-def _random_windows(tokenizer: Any, documents: tuple[str, ...], count: int, window: int) -> list[Tensor]:
-    """`count` windows at random offsets of random documents longer than one window, seed 0, as published."""
-    generator = random.Random(0)
-    cache: dict[int, Tensor] = {}
-    # A token is at least one byte, so that most documents need not be tokenized.
-    long = [index for index, document in enumerate(documents) if len(document.encode()) > window]
-    if not any(len(cache.setdefault(i, _tokens(tokenizer, documents[i]))) > window for i in long):
-        raise DataError(f"no document is longer than one window of {window} tokens")
-    chosen: list[Tensor] = []
-    while len(chosen) < count:
-        index = generator.randint(0, len(documents) - 1)
-        if index not in long:
-            continue
-        ids = cache.setdefault(index, _tokens(tokenizer, documents[index]))
-        if len(ids) > window:
-            start = generator.randint(0, len(ids) - window - 1)
-            chosen.append(ids[start : start + window])
-    return chosen
-
-
 def _windows(ids: Tensor, window: int, stride: int, bos: int | None) -> list[tuple[Tensor, int]]:
     """Windows of `ids` and how many of their first tokens are context only; the rest after the last window is left."""
     body = window - (bos is not None)
@@ -135,7 +109,7 @@ def check(
             "without a beginning-of-sequence token, else it would not be that protocol"
         )
     elif data_dir is not None:
-        read_protocol(protocol, data_dir)
+        read_set(protocol, data_dir)
     room = chosen.window - chosen.bos
     if chosen.window < 2 or not 1 <= chosen.step <= room:
         raise OptionError(f"a window of {chosen.window} tokens needs 1 ≤ stride ≤ {room}; the stride is {chosen.step}")
@@ -154,8 +128,8 @@ def _prepare(
         joined, label = "\n\n".join(text.documents), Path(name).name
     else:
         chosen = TextOptions(window=protocol.window)
-        text = read_protocol(protocol, data_dir)
-        joined, label = protocol.joiner.join(text.documents), name
+        text = read_set(protocol, data_dir)
+        joined, label = (protocol.joiner or "").join(text.documents), name
         if len(text.documents) < protocol.documents:
             label = f"{name}, {len(text.documents)} of {protocol.documents} documents"
     bos = None
@@ -164,9 +138,10 @@ def _prepare(
         if bos is None:
             raise OptionError("--bos was asked for, but the tokenizer has no beginning-of-sequence token")
     if protocol is not None and protocol.random_windows is not None:
-        cut = _random_windows(tokenizer, text.documents, protocol.random_windows, chosen.window)
+        count, generator = protocol.random_windows, random.Random(0)
+        cut = document_windows(tokenizer, text.documents, count, chosen.window, generator)
         return [(piece, 0) for piece in cut], label, text.source, chosen
-    ids = _tokens(tokenizer, joined)
+    ids = tokens(tokenizer, joined)
     if protocol is not None and protocol.max_tokens is not None:
         ids = ids[: protocol.max_tokens]
     windows = _windows(ids, chosen.window, chosen.step, bos)

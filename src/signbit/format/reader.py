@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from signbit.errors import FormatError
 from signbit.format.description import QUANT_METHOD, Description
@@ -20,7 +23,10 @@ _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
-_TORCH_NAMES = {"U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_TORCH_NAMES = {
+    "U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "BOOL": "bool", "I16": "int16", "I32": "int32", "I64": "int64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,34 @@ class TensorHeader:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return self.end - self.begin
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors in safetensors files by name, each read from the disk when it is asked for and not kept."""
+
+    def __init__(self, headers: Mapping[str, TensorHeader]) -> None:
+        self.headers = headers
+
+    def __getitem__(self, name: str) -> Tensor:
+        header = self.headers[name]
+        dtype = getattr(torch, _TORCH_NAMES[header.dtype])
+        if not header.nbytes:
+            return torch.empty(header.shape, dtype=dtype)
+        with header.file.open("rb") as stream:
+            stream.seek(header.begin)
+            content = bytearray(stream.read(header.nbytes))
+        return torch.frombuffer(content, dtype=dtype).reshape(header.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def empty(self, name: str) -> Tensor:
+        """The tensor's dtype and shape, on the meta device."""
+        header = self.headers[name]
+        return torch.empty(header.shape, dtype=getattr(torch, _TORCH_NAMES[header.dtype]), device="meta")
 
 
 def read_description(directory: str | Path) -> tuple[dict[str, Any], Description]:

@@ -8,16 +8,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from signbit.errors import FormatError
+from signbit.format.reader import StoredTensors
 
 #: Files that a model directory has; --overwrite deletes no directory with others in it.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".md", ".py", ".jinja", ".txt", ".model")
@@ -29,14 +31,58 @@ _SAFETENSORS_NAMES = {
 }  # fmt: skip
 
 
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors' dtypes and shapes; none of those on disk is read."""
+    if isinstance(tensors, ChainMap):
+        return {name: tensor for part in reversed(tensors.maps) for name, tensor in _on_meta(part).items()}
+    if isinstance(tensors, StoredTensors):
+        return {name: tensors.empty(name) for name in tensors}
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The bytes of all `tensors`, none of which is read."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _on_meta(tensors).values())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> None:
+    """Writes the `names` (default: all) of `tensors` one after another, each asked for when its turn has come.
+
+    The bytes are those of safetensors' own save_file, which wants all tensors in memory.
+    """
+    shapes = _on_meta(tensors)
+    chosen = {name: shapes[name] for name in (shapes if names is None else names)}
+    # The library orders by dtype and name; it is asked for the order with empty tensors in their place.
+    empty = save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in chosen.items()})
+    order = list(json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        end = offset + chosen[name].numel() * chosen[name].element_size()
+        dtype = _SAFETENSORS_NAMES[chosen[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(chosen[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            stream.write(_bytes(tensors[name]))
+
+
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over all tensors: for each, by name, "name\\0dtype\\0shape\\0" and its bytes (docs/format.md)."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         shape = ",".join(map(str, tensor.shape))
         digest.update(f"{name}\0{_SAFETENSORS_NAMES[tensor.dtype]}\0{shape}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -94,21 +140,22 @@ def _replace_directory(staging: Path, out: Path) -> None:
 def write(out: str | Path, tensors: Mapping[str, Tensor], files: Mapping[str, bytes], overwrite: bool = False) -> Path:
     """Writes a directory of `tensors` (safetensors, in shards where large) and `files` (name → content), or nothing.
 
-    `files` holds config.json, the auto_map module, tokenizer files and the card as the caller made them. All is
-    written to a temporary directory beside `out` and renamed once it is complete; what stood at `out` stays until
-    then. Raises FormatError if `out` may not be replaced or the disk is full.
+    `tensors` may be read from the disk one by one (`StoredTensors`, alone or in a ChainMap). `files` holds config.json,
+    the auto_map module, tokenizer files and the card as the caller made them. All is written to a temporary directory
+    beside `out` and renamed once it is complete; what stood at `out` stays until then. Raises FormatError if `out` may
+    not be replaced or the disk is full.
     """
     path = check_target(out, overwrite)
-    need = sum(t.numel() * t.element_size() for t in tensors.values()) + sum(map(len, files.values()))
+    shapes = _on_meta(tensors)
+    need = total_bytes(tensors) + sum(map(len, files.values()))
     try:
         with _staging(path) as staging:
             free = shutil.disk_usage(staging).free
             if free < need:
                 raise OSError(errno.ENOSPC, f"{need} bytes are needed, {free} are free")
-            split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
+            split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
             for file_name, names in split.filename_to_tensors.items():
-                shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-                save_file(shard, staging / file_name, metadata={"format": "pt"})
+                write_safetensors(staging / file_name, tensors, names)
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 content = json.dumps(index, indent=2, sort_keys=True) + "\n"

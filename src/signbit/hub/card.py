@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from signbit.format import Description
+from signbit.format import Description, total_bytes
 from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.models import Report
 from signbit.version import VERSION
@@ -36,7 +36,7 @@ def make_card(
     description: Description = model.config.quantization_config.description  # type: ignore[union-attr, assignment]
     settings: dict[str, Any] = description.settings
     parameters = count_parameters(model)
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    nbytes = total_bytes(tensors)
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     entries = sum(w.out_features * w.in_features for module in packed for w in module.weights)
     packed_bytes = sum(module.nbytes for module in packed)
@@ -76,10 +76,11 @@ def make_card(
             f"{report.share:.1%} of the repeated blocks' parameters are binarized "
             "(what was kept on request does not count).",
             "",
-            "| layers | count | what | why | true bits |",
-            "|---|---|---|---|---|",
+            "| layers | count | what | why | error | true bits |",
+            "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {line.name} | {line.layers} | {line.action} | {line.why} | {line.bits} |" for line in report.summary()
+            f"| {line.name} | {line.layers} | {line.action} | {line.why} | {line.error} | {line.bits} |"
+            for line in report.summary()
         ]
     return "\n".join(lines) + "\n"

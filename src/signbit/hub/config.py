@@ -8,19 +8,29 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from signbit import ptq
 from signbit.errors import OptionError
 from signbit.format import Description
 from signbit.format.description import QUANT_METHOD
 from signbit.methods import METHODS
-from signbit.methods.base import MethodOptions, check_choice, make_options
+from signbit.methods.base import check_choice, make_options
+from signbit.methods.rules import Rules, check_rules
+from signbit.models import Selection
+
+
+def _patterns(values: Iterable[str]) -> tuple[str, ...]:
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 class SignbitConfig(QuantizationConfigMixin):
     """How to quantize a model while it loads: `from_pretrained(MODEL, quantization_config=SignbitConfig(...))`.
 
     `method` names one of `signbit.methods.METHODS`, `options` are that method's (group=64 …). `head="int8"` stores
-    the embedding and the output head in int8; `keep` are patterns of layer names that stay as they are;
-    `allow_partial` accepts a result in which under 90 % of the blocks' parameters are binarized.
+    the embedding and the output head in int8. `rules` maps patterns of layer names to options that differ there
+    ({"mlp.down_proj": {"salient": 0.3}}; the last match wins). `keep` are patterns of names that stay as they are,
+    `only` of those outside of which everything stays; blocks from `min_layer` up to (not including) `max_layer` are
+    binarized, `invert` turns that selection round; `allow_partial` accepts a result in which under 90 % of the blocks'
+    parameters are binarized.
 
     Raises OptionError for an unknown method or option, with the allowed ones.
     """
@@ -31,15 +41,23 @@ class SignbitConfig(QuantizationConfigMixin):
         head: str = "keep",
         keep: Iterable[str] = (),
         allow_partial: bool = False,
+        rules: Rules | None = None,
+        min_layer: int = 0,
+        max_layer: int | None = None,
+        only: Iterable[str] = (),
+        invert: bool = False,
         **options: Any,
     ) -> None:
         check_choice("head", head, ("keep", "int8"))
         self.quant_method: Any = QUANT_METHOD
-        self.options: MethodOptions = make_options(METHODS, method, options)
         self.method = method
         self.head = head
-        self.keep = (keep,) if isinstance(keep, str) else tuple(keep)
-        self.allow_partial = allow_partial
+        selection = Selection(_patterns(keep), min_layer, max_layer, _patterns(only), invert)
+        rules = {pattern: dict(values) for pattern, values in (rules or {}).items()}
+        self.plan = ptq.Plan(make_options(METHODS, method, options), selection, rules, allow_partial)
+        check_rules(self.plan.options, rules)
+        #: Where calibration text came from, for config.json; set by whoever calibrates.
+        self.calibration: dict[str, Any] | None = None
         self.description: Description | None = None
 
     @classmethod
@@ -57,19 +75,29 @@ class SignbitConfig(QuantizationConfigMixin):
 
     def settings(self) -> dict[str, Any]:
         """The arguments in JSON values, for config.json and the model card."""
-        return {
+        settings = {
             "method": self.method,
-            "options": asdict(self.options),
+            "options": asdict(self.plan.options),
             "head": self.head,
-            "keep": list(self.keep),
-            "allow_partial": self.allow_partial,
+            "keep": list(self.plan.selection.keep),
+            "allow_partial": self.plan.allow_partial,
         }
+        # What is at its default is left out, so that a plain run's settings stay short.
+        selection = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.plan.selection).items()}
+        default = asdict(Selection())
+        settings |= {k: v for k, v in selection.items() if k != "keep" and v != default[k] and v != []}
+        if self.plan.rules:
+            settings["rules"] = {pattern: dict(values) for pattern, values in self.plan.rules.items()}
+        if self.calibration is not None:
+            settings["calibration"] = self.calibration
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json keeps."""
         if self.description is not None:
             return self.description.to_dict()
         settings = self.settings()
+        settings.pop("calibration", None)
         return {"quant_method": QUANT_METHOD, **settings.pop("options"), **settings}
 
     def __eq__(self, other: object) -> bool:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils.offload import PrefixedDataset
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from signbit import format as packed_format
@@ -49,6 +54,16 @@ def _explain(model: str, error: Exception) -> FormatError:
     return FormatError(f"{model} could not be loaded: {first}")
 
 
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    try:
+        yield
+    except SignbitError:
+        raise
+    except _LOADING_ERRORS as error:
+        raise _explain(model, error) from error
+
+
 def _is_packed(model: str) -> bool:
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
@@ -66,7 +81,8 @@ def _torch_dtype(dtype: str, device: str) -> Any:
     return getattr(torch, dtype)
 
 
-def _torch_device(device: str) -> str:
+def torch_device(device: str) -> str:
+    """`device` itself; raises OptionError if torch cannot use it here."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -91,14 +107,10 @@ def load_any(model: str, dtype: str = "auto", device: str = "cpu") -> Any:
 
     Raises FormatError, OptionError for what cannot be loaded, with the reason.
     """
-    torch_dtype, device = _torch_dtype(dtype, device), _torch_device(device)
+    torch_dtype, device = _torch_dtype(dtype, device), torch_device(device)
     _check_directory(model)
-    try:
+    with _explained(model):
         loaded = load(model, dtype=torch_dtype) if _is_packed(model) else _from_pretrained(model, dtype=torch_dtype)
-    except SignbitError:
-        raise
-    except _LOADING_ERRORS as error:
-        raise _explain(model, error) from error
     return loaded.to(device).eval()
 
 
@@ -108,21 +120,58 @@ def load_source(model: str, device: str = "cpu", skeleton: bool = False) -> Any:
     Raises FormatError if it cannot be loaded or is quantized already.
     """
     _check_directory(model)
-    device = _torch_device(device)
-    try:
-        config = AutoConfig.from_pretrained(model)
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-            raise FormatError(f"{model} is quantized already ({method}); start from the full-precision model")
+    device = torch_device(device)
+    with _explained(model):
+        config = _source_config(model)
         if skeleton:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         return _from_pretrained(model, dtype="auto").to(device).eval()
-    except SignbitError:
-        raise
-    except _LOADING_ERRORS as error:
-        raise _explain(model, error) from error
+
+
+def load_streamed(model: str, blocks: str, folder: str | Path, device: str = "cpu") -> tuple[Any, Mapping[str, Tensor]]:
+    """The model to quantize without the weights of its blocks, which stay on the disk, and those by name.
+
+    `blocks` is the name of the list of blocks. What stands outside of it is on `device`. The weights are read from the
+    model's own files when they are asked for; those that transformers converts while it loads (experts that it fuses)
+    are written to `folder` first. Raises FormatError as `load_source` does.
+    """
+    _check_directory(model)
+    with _explained(model):
+        _source_config(model)
+        skeleton = load_source(model, skeleton=True)
+        places = dict.fromkeys(_outside(skeleton, blocks), "cpu") | {blocks: "disk"}
+        loaded = _from_pretrained(model, dtype="auto", device_map=places, offload_folder=str(folder)).eval()
+    hooks = [getattr(module, "_hf_hook", None) for module in loaded.get_submodule(blocks).modules()]
+    weights = next(w for hook in hooks if (w := getattr(hook, "weights_map", None)) is not None)
+    remove_hook_from_submodules(loaded)
+    for name in _outside(loaded, blocks):
+        part = loaded.get_submodule(name) if name in dict(loaded.named_modules()) else None
+        if part is not None:
+            part.to(device)
+    return loaded, weights.dataset if isinstance(weights, PrefixedDataset) else weights
+
+
+def _outside(model: torch.nn.Module, blocks: str) -> list[str]:
+    """Names that together hold all parameters and buffers outside of `blocks`: the siblings on the way down to it."""
+    names: list[str] = []
+    parts = blocks.split(".")
+    for depth in range(len(parts)):
+        parent = ".".join(parts[:depth])
+        module = model.get_submodule(parent)
+        direct = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        children = [name for name, _ in module.named_children() if name != parts[depth]]
+        names += [f"{parent}.{name}" if parent else name for name in (*direct, *children)]
+    return names
+
+
+def _source_config(model: str) -> Any:
+    config = AutoConfig.from_pretrained(model)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise FormatError(f"{model} is quantized already ({method}); start from the full-precision model")
+    return config
 
 
 def load_tokenizer(model: str) -> Any:

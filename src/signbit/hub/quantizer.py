@@ -18,7 +18,7 @@ from signbit.errors import FormatError, OptionError
 from signbit.format import Description, Int8Spec, TensorHeader
 from signbit.hub.config import SignbitConfig
 from signbit.linear import VARIABLE, Int8Embedding, Int8Head, PackedLinear
-from signbit.models import Report, linear_parts, set_module
+from signbit.models import Experts, Report, is_fused, linear_parts, set_module
 from signbit.version import VERSION
 
 logger = logging.get_logger(__name__)
@@ -42,22 +42,35 @@ def describe(model: nn.Module, settings: dict[str, Any]) -> Description:
     return Description(layers, int8, settings)
 
 
-def quantize_(model: nn.Module, config: SignbitConfig, progress: ptq.quantize.Progress | None = None) -> Report:
+def quantize_(
+    model: nn.Module,
+    config: SignbitConfig,
+    windows: Tensor | None = None,
+    progress: ptq.Progress | None = None,
+) -> Report:
     """Quantizes a transformers model in place as `config` says; returns what was done to each layer and why.
 
+    `windows` int64 [samples, T] is calibration text, for methods that need it (`signbit.draw_windows` makes some).
     Raises StructureError, OptionError or WeightError, the first two before anything is changed.
     """
     if config.head == "int8":
         ptq.plan_head(model)  # refuses before anything is changed
-    report = ptq.quantize_(model, config.options, config.keep, config.allow_partial, progress)
+    if windows is not None and config.calibration is None:
+        config.calibration = {"samples": windows.shape[0], "sequence_length": windows.shape[1]}
+    report = ptq.quantize_(model, config.plan, windows, progress)
     if config.head == "int8":
         report = ptq.with_head(report, ptq.quantize_head_(model))
+    finish_(model, config, report)
+    return report
+
+
+def finish_(model: nn.Module, config: SignbitConfig, report: Report) -> None:
+    """Makes a model whose layers are packed one that transformers takes for a quantized one."""
     config.description = describe(model, {**config.settings(), "signbit_version": VERSION})
     quantizer = SignbitHfQuantizer(config, pre_quantized=True)
     quantizer.report = report
     model.hf_quantizer = quantizer
     quantizer.mark(model)
-    return report
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -151,13 +164,16 @@ class SignbitHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        config, old = self.quantization_config, self.quantization_config.description
-        description = describe(model, old.settings if old else {})
         offloaded = any(tensor.is_meta for tensor in model.state_dict().values())
         tensors = None if offloaded else saved_tensors(model)
-        digest = None if tensors is None else packed_format.tensors_sha256(tensors)
-        config.description = replace(description, tensors_sha256=digest)
+        self.describe(model, tensors)
         return tensors, {}
+
+    def describe(self, model: nn.Module, tensors: Mapping[str, Tensor] | None) -> None:
+        """Sets what config.json will say of `model` and the `tensors` that are saved."""
+        config, old = self.quantization_config, self.quantization_config.description
+        digest = None if tensors is None else packed_format.tensors_sha256(tensors)
+        config.description = replace(describe(model, old.settings if old else {}), tensors_sha256=digest)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -188,7 +204,19 @@ def _places(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: place for name, place in found.items() if place is not None}
 
 
+def _split_packed_experts(model: nn.Module, description: Description) -> None:
+    """Takes apart the mixtures of which an expert is packed; those that were kept whole stay so."""
+    packed = list(description.layers)
+    fused = [name for name, module in model.named_modules() if is_fused(module)]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name in fused:
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        if any(layer.startswith(f"{spelling}.") for spelling in spellings for layer in packed):
+            set_module(model, name, Experts(name, model.get_submodule(name)))
+
+
 def _pack_skeleton(model: nn.Module, description: Description, headers: Mapping[str, TensorHeader]) -> None:
+    _split_packed_experts(model, description)
     places = _places(model, (*description.layers, *description.int8))
     lengths: dict[str, dict[str, int]] = {}
     for tensor, header in headers.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from signbit import format as packed_format
 from signbit.errors import FormatError, OptionError
@@ -51,12 +52,14 @@ def save(
     base_model: str | None = None,
     command: str | None = None,
     overwrite: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes a packed model to the directory `out`, complete or not at all; returns its path.
 
     `tokenizer` is saved beside it. `report` (by default that of the quantizer), `base_model` and `command` go into
-    the model card. Raises OptionError
-    if `model` holds no layer of signbit, FormatError if `out` exists (without `overwrite`) or the disk is full.
+    the model card. `tensors` are the model's where it is on the meta device; they may be read one by one. Raises
+    OptionError if `model` holds no layer of signbit, FormatError if `out` exists (without `overwrite`) or the disk is
+    full.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, SignbitHfQuantizer):
@@ -69,7 +72,10 @@ def save(
     config.dtype = str(model.dtype).removeprefix("torch.")
     config_class = type(config).__name__
     config.auto_map = {"AutoConfig": f"{MODULE}.{config_class}", "AutoModelForCausalLM": f"{MODULE}.{architecture}"}
-    tensors, _ = quantizer.get_state_dict_and_metadata(model)
+    if tensors is None:
+        tensors, _ = quantizer.get_state_dict_and_metadata(model)
+    else:
+        quantizer.describe(model, tensors)
     if tensors is None:
         raise OptionError("parts of the model are offloaded; load it without offloading, then save it")
     try:

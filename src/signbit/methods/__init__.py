@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from signbit.methods.absmean import AbsmeanLinear, AbsmeanOptions
 from signbit.methods.base import Method
-from signbit.methods.pbllm import PbllmOptions
+from signbit.methods.gptq import Moments
+from signbit.methods.pbllm import PbGptqOptions, PbllmOptions
 
 #: Every method; a new one is one file beside these and one line here.
 METHODS: dict[str, Method] = {
     "absmean": Method(AbsmeanOptions, layer=AbsmeanLinear),
     "pbllm": Method(PbllmOptions),
+    "pb-gptq": Method(PbGptqOptions),
 }
 
-__all__ = ["METHODS", "AbsmeanLinear", "AbsmeanOptions", "Method", "PbllmOptions"]
+__all__ = ["METHODS", "AbsmeanLinear", "AbsmeanOptions", "Method", "Moments", "PbGptqOptions", "PbllmOptions"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from signbit.linear import BinaryLinear
 from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_group, check_whole, group_count, store
+from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
 
@@ -32,7 +33,7 @@ class AbsmeanOptions(MethodOptions):
     def check(self, in_features: int) -> None:
         check_group(self.group, in_features)
 
-    def binarize(self, weight: Tensor) -> BinaryWeight:
+    def binarize(self, weight: Tensor, moments: Moments | None = None) -> BinaryWeight:
         """`weight` float [N, K] → signs and scale [1, N, G]; sign(0) = +1."""
         self.check(weight.shape[1])
         grouped = weight.float().reshape(weight.shape[0], group_count(self.group, weight.shape[1]), -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -12,9 +13,22 @@ from torch import Tensor
 
 from signbit.errors import OptionError, WeightError
 from signbit.linear import BinaryLinear
+from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of calibration."""
+
+    moments: bool = False
+    """Second moments of each layer's inputs."""
+    cross: bool = False
+    """Those with the dense model's inputs too."""
+    sequential: bool = False
+    """Inputs as they are behind the quantized layers of the same block."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +43,25 @@ class MethodOptions(ABC):
         """Whether `binarize` gives packed weights; False where the method leaves matrices dense."""
         return True
 
+    @property
+    def needs(self) -> Needs:
+        """What calibration must measure; nothing by default."""
+        return Needs()
+
+    def rounded(self) -> MethodOptions:
+        """The same without calibration, by round to nearest: for a layer that too few tokens reached."""
+        return self
+
+    def target(self, weight: Tensor, moments: Moments | None = None) -> Tensor:
+        """The matrix float32 [N, K] that the binarized one is to come close to: `weight`, unless a method corrects it."""
+        return weight.float()
+
     @abstractmethod
-    def binarize(self, weight: Tensor) -> BinaryWeight | Tensor:
-        """The binarized form of `weight` float [N, K], or a changed dense matrix where the method keeps it dense."""
+    def binarize(self, weight: Tensor, moments: Moments | None = None) -> BinaryWeight | Tensor:
+        """The binarized form of `weight` float [N, K], or a changed dense matrix where the method keeps it dense.
+
+        `moments` are those that `needs` asks for; raises OptionError where they are needed and missing.
+        """
 
     def check(self, in_features: int) -> None:  # noqa: B027 (most options fit every width)
         """Raises OptionError if these options cannot serve a matrix of `in_features` columns."""
@@ -55,13 +85,16 @@ def find_method(methods: dict[str, Method], name: str) -> Method:
 def make_options(methods: dict[str, Method], name: str, values: dict[str, Any]) -> MethodOptions:
     """The options of method `name` with `values`; raises OptionError for an unknown method or option."""
     cls = find_method(methods, name).options
-    allowed = {field.name: field for field in fields(cls)}
-    for key in values:
-        if key not in allowed:
-            raise OptionError(
-                f"{key!r} is no option of the method {name}; it has {', '.join(allowed)}{_nearest(key, allowed)}"
-            )
+    check_options(cls, values, f"the method {name}")
     return cls(**values)
+
+
+def check_options(cls: type[MethodOptions], keys: Iterable[str], what: str = "the method") -> None:
+    """Raises OptionError, with the nearest, for a key that is no option of `cls`."""
+    allowed = [field.name for field in fields(cls)]
+    for key in keys:
+        if key not in allowed:
+            raise OptionError(f"{key!r} is no option of {what}; it has {', '.join(allowed)}{_nearest(key, allowed)}")
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from signbit.errors import OptionError
 from signbit.methods.base import (
     MethodOptions,
+    Needs,
     ScaleDtype,
     check_choice,
     check_group,
@@ -18,145 +19,328 @@ from signbit.methods.base import (
     group_count,
     store,
 )
+from signbit.methods.gptq import Factor, Moments, descend, matched_to_dense, sweep
 from signbit.weight import BinaryWeight, Salient
 
 Low = Literal["xnor", "sign", "prune", "2bit", "3bit", "4bit", "no"]
+Saliency = Literal["hessian", "hessian-diagonal", "hessian-paper", "magnitude"]
 _LOW_BITS = {"2bit": 2, "3bit": 3, "4bit": 4}
 
 
 @dataclass(frozen=True)
 class PbllmOptions(MethodOptions):
-    """Salient weights as b-bit codes, the rest by a low quantizer, per row and group of columns.
+    """Salient weights as b-bit codes, the rest by a low quantizer, against the second moments of a layer's inputs.
 
-    Source: PB-LLM, arXiv 2310.00034. Here in its round-to-nearest form: no compensation of the error.
+    Source: PB-LLM, arXiv 2310.00034. Differs from the paper in its defaults, which measure better at equal bits
+    (docs/results.md): a layer is matched to the dense model (`match`), its inputs are measured behind the quantized
+    layers before it (`sequential`), and scales, signs and codes are refined after the sweep (`refine`). The method
+    `pb-gptq` has the published defaults.
     """
 
     salient: float = 0.1
     """Share of the weights that keep `salient_bits` bits, 0 to 1 (the published `low_frac` is 1 minus this)."""
     salient_bits: int = 8
     """Bits of a salient weight, 1 to 8."""
-    saliency: Literal["hessian", "magnitude"] = "hessian"
-    """What makes a weight salient. hessian needs calibration text; magnitude is |w|."""
+    saliency: Saliency = "hessian"
+    """What makes a weight salient: hessian is w²/U², U the diagonal of the Cholesky factor of the inverse Hessian (the
+    published code), hessian-diagonal w²/[H⁻¹], hessian-paper w²/[H⁻¹]², magnitude |w| (needs no calibration)."""
+    threshold: Literal["layer", "row"] = "layer"
+    """Whether the salient share is taken over all rows of a group of columns (published), or of each row alike."""
     low: Low = "xnor"
     """Quantizer of the rest: xnor (mean ± scale), sign ({0, s}), prune (0), 2bit, 3bit (8 levels, published as
     "4bit"), 4bit (16 levels), or no (unchanged: the layer stays dense, which needs --allow-partial)."""
     scale_over: Literal["binarized", "all"] = "all"
-    """xnor's mean and scale are taken over all weights with salient ones as 0 (published), or over the binarized ones:
-    less error in the weights, yet a far higher perplexity at 50 % salient (docs/results.md)."""
+    """xnor's first mean and scale are taken over all weights with salient ones as 0 (published), or over the binarized
+    ones: less error in the weights, more in the model, unless `refine` fits them anew (docs/results.md)."""
     group: int = -1
     """Columns of one threshold and one scale; it must divide the layer's input width. -1: all columns."""
     gptq: bool = True
     """Compensate the error of each column in those after it (needs calibration text)."""
+    block: int = 128
+    """Columns that GPTQ compensates one by one before the rest is updated; any number, the result hardly depends on
+    it."""
+    damping: float = 0.01
+    """Added to the diagonal of the Hessian, as a share of its mean."""
+    refine: int = 4
+    """Rounds after the sweep: xnor's scale and mean are fitted by least squares under the Hessian, then coordinate
+    descent chooses signs and codes anew. 0: none (published)."""
+    match: Literal["dense", "prefix"] = "dense"
+    """What a layer's output is matched to: the dense model's, or that of its own weights on the inputs that the
+    quantized layers before it give (prefix, published)."""
+    sequential: bool = True
+    """Measure a layer's inputs behind the quantized layers of its own block, instead of all of a block at once."""
     scale_dtype: ScaleDtype = "float16"
     """Dtype in which scales and shifts are stored."""
 
     def __post_init__(self) -> None:
-        check_whole("salient_bits", self.salient_bits)
-        check_whole("group", self.group)
+        for name in ("salient_bits", "group", "block", "refine"):
+            check_whole(name, getattr(self, name))
         if not 0 <= self.salient <= 1:
             raise OptionError(f"salient is {self.salient}; it is a share from 0 to 1 (0.1 keeps 10 %)")
         if not 1 <= self.salient_bits <= 8:
             raise OptionError(f"salient_bits is {self.salient_bits}; 1 to 8 are allowed")
-        check_choice("saliency", self.saliency, ("hessian", "magnitude"))
+        if self.block < 1 or self.refine < 0:
+            raise OptionError(f"block is {self.block} and refine {self.refine}; at least 1 and 0 are needed")
+        if not 0 < self.damping < 100:
+            raise OptionError(f"damping is {self.damping}; a share of the mean diagonal such as 0.01 is needed")
+        check_choice("saliency", self.saliency, ("hessian", "hessian-diagonal", "hessian-paper", "magnitude"))
+        check_choice("threshold", self.threshold, ("layer", "row"))
         check_choice("low", self.low, ("xnor", "sign", "prune", *_LOW_BITS, "no"))
         check_choice("scale_over", self.scale_over, ("binarized", "all"))
+        check_choice("match", self.match, ("dense", "prefix"))
         check_choice("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
-        if self.gptq or self.saliency == "hessian":
-            raise OptionError(
-                "GPTQ compensation and hessian saliency need calibration text, which this version does not take; "
-                "use --no-gptq --saliency magnitude (in Python gptq=False, saliency='magnitude')"
-            )
 
     @property
     def packs(self) -> bool:
         return self.low != "no"
 
+    @property
+    def needs(self) -> Needs:
+        moments = self.gptq or self.saliency != "magnitude"
+        return Needs(moments, cross=self.gptq and self.match == "dense", sequential=moments and self.sequential)
+
+    def rounded(self) -> PbllmOptions:
+        return replace(self, gptq=False, saliency="magnitude")
+
     def check(self, in_features: int) -> None:
         check_group(self.group, in_features)
 
-    def binarize(self, weight: Tensor) -> BinaryWeight | Tensor:
+    def target(self, weight: Tensor, moments: Moments | None = None) -> Tensor:
+        if moments is None or not self.needs.moments:
+            return weight.float()
+        factor = moments.factor(self.damping)
+        w = torch.where(factor.dead, 0.0, weight.float())  # nothing reaches these columns, so they cost no bits
+        return matched_to_dense(w, moments, factor) if self.match == "dense" else w
+
+    def binarize(self, weight: Tensor, moments: Moments | None = None) -> BinaryWeight | Tensor:
         """`weight` float [N, K] → signs, scales, shifts and salient codes; with low="no" a dense matrix."""
         self.check(weight.shape[1])
-        w = weight.float()
-        salient = salient_mask(w, self.salient, group_count(self.group, w.shape[1]))
-        scale, zero, codes = quantize_rows(w, self.salient_bits, self.scale_dtype)
-        if self.low == "no":
-            kept = scale.float()[:, None] * (codes - zero[:, None])
-            return torch.where(salient, kept, w).to(weight.dtype)
-        part = Salient.from_mask(salient, codes, scale, zero, self.salient_bits) if bool(salient.any()) else None
-        signs, low_scale, shift = self._low(w, ~salient)
+        if self.needs.moments and moments is None:
+            raise OptionError(
+                "GPTQ compensation and hessian saliency need calibration text: give --calibration "
+                "c4|wikitext2|ptb|FILE|self, or --no-gptq --saliency magnitude for round to nearest"
+            )
+        w = self.target(weight, moments)
+        factor = moments.factor(self.damping) if moments is not None and self.needs.moments else None
+        salient = self._salient(w, factor)
+        levels = _Levels(self, w, salient)
+        if not self.gptq or factor is None:
+            return levels.encode(levels.nearest(w, slice(None)))
+        q = sweep(w, factor, levels.nearest, self.block)
+        if self.refine:
+            q = levels.fit(w, q, factor.hessian)
+        for _ in range(self.refine):
+            q = descend(w, q, factor.hessian, levels.nearest, self.block)
+            q = levels.fit(w, q, factor.hessian)
+        return levels.encode(q)
+
+    def _salient(self, w: Tensor, factor: Factor | None) -> Tensor:
+        """True for the weights that keep `salient_bits` bits, bool [N, K]."""
+        if self.saliency == "magnitude" or factor is None:
+            scores = w.abs()
+        elif self.saliency == "hessian":
+            scores = (w / factor.upper.diagonal()).square()
+        elif self.saliency == "hessian-diagonal":
+            scores = w.square() / factor.inverse_diagonal
+        else:
+            scores = (w / factor.inverse_diagonal).square()
+        return salient_mask(scores, self.salient, group_count(self.group, w.shape[1]), self.threshold == "row")
+
+
+@dataclass(frozen=True)
+class PbGptqOptions(PbllmOptions):
+    """PB-GPTQ as PB-LLM's authors published it: one sweep, scales diluted by the salient entries, inputs a block.
+
+    Source: PB-LLM, arXiv 2310.00034, and its code (gptq_pb/). All options of pbllm, with the published defaults.
+    """
+
+    refine: int = 0
+    """Rounds of refinement after the sweep; the published code has none."""
+    match: Literal["dense", "prefix"] = "prefix"
+    """What a layer's output is matched to; published: its own weights on the inputs of the quantized prefix."""
+    sequential: bool = False
+    """Measure a layer's inputs behind the quantized layers of its own block; published: all of a block at once."""
+
+
+class _Levels:
+    """The values that each entry of a matrix may hold, and their packed form.
+
+    Per-row parameters are [N, 1], per-group ones are repeated over their columns [N, K], so that a slice of columns
+    is a view. All are the values as they are stored, so that rounding costs nothing after the choice.
+    """
+
+    def __init__(self, options: PbllmOptions, w: Tensor, salient: Tensor) -> None:
+        self.options, self.salient = options, salient
+        self.groups = group_count(options.group, w.shape[1])
+        self.width = w.shape[1] // self.groups
+        self.top = 2**options.salient_bits - 1
+        self.code_step, self.code_zero = row_codes(w, options.salient_bits, options.scale_dtype)
+        grouped, inside = w.reshape(w.shape[0], self.groups, -1), ~salient.reshape(w.shape[0], self.groups, -1)
+        masked = torch.where(inside, grouped, 0.0)
+        low = options.low
+        if low in _LOW_BITS:
+            # Differs from the published code: each row has its own zero point, where that takes row g's for group g.
+            self.low_top = 2 ** _LOW_BITS[low] - 1
+            least, most = masked.amin(dim=-1).clamp_max(0), masked.amax(dim=-1).clamp_min(0)
+            self._set(self._store((most - least) / self.low_top), None)
+            self.zero = self._over(-least / self._divisor(self.scale_of_group)).round().clamp(0, self.low_top)
+        elif low == "sign":
+            # {0, s} is s/2 ± s/2.
+            half = self._store(masked.clamp_min(0).mean(dim=-1) / 2)
+            self._set(half, half)
+        elif low == "xnor":
+            count = inside.sum(dim=-1).clamp_min(1) if options.scale_over == "binarized" else grouped.shape[-1]
+            shift = self._store(masked.sum(dim=-1) / count, shift=True)
+            # Published: entries outside the mask count as 0, so they add |0 − mean| each.
+            offset = masked - shift[:, :, None]
+            counted = offset if options.scale_over == "all" else torch.where(inside, offset, 0.0)
+            self._set(self._store(counted.abs().sum(dim=-1) / count), shift)
+        else:
+            self._set(torch.zeros(masked.shape[:2], device=w.device), None)
+
+    def _store(self, values: Tensor, shift: bool = False) -> Tensor:
+        return store(values, self.options.scale_dtype, shift).float()
+
+    @staticmethod
+    def _divisor(step: Tensor) -> Tensor:
+        return torch.where(step == 0, 1.0, step)
+
+    def _over(self, values: Tensor) -> Tensor:
+        """[N, G] → [N, 1] or [N, K]."""
+        return values if self.groups == 1 else values.repeat_interleave(self.width, dim=1)
+
+    def _set(self, scale: Tensor, shift: Tensor | None) -> None:
+        """Takes scale and shift [N, G] as stored."""
+        self.scale_of_group, self.shift_of_group = scale, shift
+        self.scale = self._over(scale)
+        self.shift = torch.zeros_like(self.scale) if shift is None else self._over(shift)
+
+    def nearest(self, values: Tensor, where: slice) -> Tensor:
+        """The value that each entry of the columns `where` would take: [N, n] → [N, n]."""
+        step = self.code_step
+        codes = (values / step).round_().add_(self.code_zero).clamp_(0, self.top)
+        return torch.where(self.salient[:, where], codes.sub_(self.code_zero).mul_(step), self._low(values, where))
+
+    def _low(self, values: Tensor, where: slice) -> Tensor:
+        low = self.options.low
+        if low == "no":
+            return values
+        if low == "prune":
+            return torch.zeros_like(values)
+        columns = slice(None) if self.groups == 1 else where
+        scale, shift = self.scale[:, columns], self.shift[:, columns]
+        if low in _LOW_BITS:
+            zero = self.zero[:, columns]
+            return ((values / self._divisor(scale)).round() + zero).clamp(0, self.low_top).sub_(zero).mul_(scale)
+        return torch.where(self._positive(values, shift), shift + scale, shift - scale)
+
+    def _positive(self, values: Tensor, shift: Tensor) -> Tensor:
+        """Which values take the upper of two levels; the published {0, s} divides at 0, not half way."""
+        return values > 0 if self.options.low == "sign" else values >= shift
+
+    def fit(self, w: Tensor, q: Tensor, hessian: Tensor) -> Tensor:
+        """Fits scale and shift of xnor to fixed signs and codes; returns Q with them. Other quantizers stay.
+
+        Least squares under the Hessian, per row: with R = W − salient part, and for each group g the columns
+        B_g = signs and M_g = ones of its binarized entries, (s, μ) solves [B M]ᵀ H [B M] (s, μ) = [B M]ᵀ H R.
+        """
+        if self.options.low != "xnor":
+            return q
+        inside = (~self.salient).float()
+        signs = torch.where(self._positive(q, self.shift), inside, -inside)
+        rest = (w - torch.where(self.salient, q, 0.0)) @ hessian
+        solved = torch.cat(
+            [
+                self._least_squares(some, ones, right, hessian)
+                for some, ones, right in zip(signs.split(1024), inside.split(1024), rest.split(1024), strict=True)
+            ]
+        )
+        scale, shift = self._store(solved[:, 0]), self._store(solved[:, 1], shift=True)
+        fitted = torch.where(self.salient, q, self._over(shift) + self._over(scale) * signs)
+        self._set(scale.abs(), shift)  # a scale below 0 turns the signs over
+        return fitted
+
+    def _least_squares(self, signs: Tensor, inside: Tensor, rest: Tensor, hessian: Tensor) -> Tensor:
+        """Scale and shift float32 [n, 2, G] of n rows; `rest` is R·H."""
+        rows, groups = len(signs), self.groups
+
+        def by_group(values: Tensor) -> Tensor:
+            return values.reshape(rows, groups, -1).sum(dim=-1)
+
+        normal = torch.empty(rows, 2 * groups, 2 * groups, dtype=torch.float64, device=signs.device)
+        for group in range(groups):
+            columns = slice(group * self.width, (group + 1) * self.width)
+            for place, part in ((group, signs), (groups + group, inside)):
+                image = part[:, columns] @ hessian[columns]
+                normal[:, place, :groups] = by_group(image * signs)
+                normal[:, place, groups:] = by_group(image * inside)
+        right = torch.cat([by_group(rest * signs), by_group(rest * inside)], dim=1).double()
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        # A ridge far below float32's step: it keeps a group with equal signs, or without binarized entries, solvable.
+        diagonal += 1e-9 * diagonal.mean(dim=1, keepdim=True)
+        diagonal += (diagonal == 0).double()
+        solved: Tensor = torch.linalg.solve(normal, right)
+        return solved.float().reshape(rows, 2, groups)
+
+    def encode(self, q: Tensor) -> BinaryWeight | Tensor:
+        """The packed form of Q, whose entries are values of this grid; the dense Q where low is "no"."""
+        options = self.options
+        if options.low == "no":
+            return q
+        codes = (q / self.code_step).round() + self.code_zero
+        salient = None
+        if bool(self.salient.any()):
+            step, zero = self.code_step[:, 0].to(getattr(torch, options.scale_dtype)), self.code_zero[:, 0]
+            salient = Salient.from_mask(self.salient, codes.to(torch.int32), step, zero, options.salient_bits)
+        scale, shift = self.scale_of_group, self.shift_of_group
+        if options.low in _LOW_BITS:
+            # A uniform code s·(q − z) is b planes of scale s·2ⁱ/2 and a shift s·((2ᵇ − 1)/2 − z): exact in float32,
+            # and but for the rounding of the shift (under 0.1 % of s) in float16.
+            number = ((q / self._divisor(self.scale)).round() + self.zero).clamp(0, self.low_top).to(torch.int32)
+            planes = torch.stack([number >> i & 1 == 1 for i in range(_LOW_BITS[options.low])])
+            zero = self.zero.reshape(q.shape[0], self.groups, -1)[:, :, 0]
+            shift = scale * (self.low_top / 2 - zero)
+            scale = torch.stack([scale * 2**i / 2 for i in range(len(planes))])
+        else:
+            planes, scale = self._positive(q, self.shift)[None], scale[None]
         return BinaryWeight.from_signs(
-            signs,
-            store(low_scale, self.scale_dtype),
-            shift=None if shift is None else store(shift, self.scale_dtype, shift=True),
-            salient=part,
+            planes,
+            store(scale, options.scale_dtype),
+            shift=None if shift is None else store(shift, options.scale_dtype, shift=True),
+            salient=salient,
         )
 
-    def _low(self, w: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Signs [P, N, K] (bool: True is +1), scale [P, N, G] and shift [N, G] of the entries in `mask`."""
-        shape = (w.shape[0], group_count(self.group, w.shape[1]), -1)
-        grouped, inside = w.reshape(shape), mask.reshape(shape)
-        masked = torch.where(inside, grouped, 0.0)
-        if self.low == "prune":
-            return w[None] >= 0, torch.zeros(1, *shape[:2]), None
-        if self.low == "sign":
-            # {0, s} is s/2 ± s/2.
-            half = masked.clamp_min(0).mean(dim=-1) / 2
-            return w[None] > 0, half[None], half
-        if self.low == "xnor":
-            count = inside.sum(dim=-1).clamp_min(1) if self.scale_over == "binarized" else grouped.shape[-1]
-            # The shift that is stored decides the signs and the scale, so that rounding it costs nothing further.
-            shift = store(masked.sum(dim=-1) / count, self.scale_dtype, shift=True).float()
-            offset = grouped - shift[:, :, None]
-            # Published: entries outside the mask count as 0, so they add |0 − mean| each.
-            counted = masked - shift[:, :, None] if self.scale_over == "all" else torch.where(inside, offset, 0.0)
-            scale = counted.abs().sum(dim=-1) / count
-            return (offset >= 0).reshape(1, *w.shape), scale[None], shift
-        # A uniform code s·(q − z) is b planes of scale s·2ⁱ/2 and a shift s·((2ᵇ − 1)/2 − z): exact in float32, and
-        # but for the rounding of the shift (under 0.1 % of s) in float16.
-        # Differs from the published code: each row has its own zero point, where that takes row g's for group g.
-        code_bits = _LOW_BITS[self.low]
-        top = 2**code_bits - 1
-        low, high = masked.amin(dim=-1).clamp_max(0), masked.amax(dim=-1).clamp_min(0)
-        step = store((high - low) / top, self.scale_dtype).float()
-        divisor = torch.where(step == 0, 1.0, step)
-        zero = (-low / divisor).round().clamp(0, top)
-        q = ((grouped / divisor[:, :, None]).round() + zero[:, :, None]).clamp(0, top).to(torch.int32)
-        planes = torch.stack([q >> i & 1 == 1 for i in range(code_bits)]).reshape(code_bits, *w.shape)
-        scales = torch.stack([step * 2**i / 2 for i in range(code_bits)])
-        return planes, scales, step * (top / 2 - zero)
 
+def salient_mask(scores: Tensor, share: float, groups: int, by_row: bool = False) -> Tensor:
+    """True where a score lies above its block's threshold, the entry at rank floor(n·(1 − share)) of its n scores.
 
-def salient_mask(w: Tensor, share: float, groups: int) -> Tensor:
-    """True where |w| lies above the block's threshold, the entry at rank floor(n·(1 − share)) of its n magnitudes.
-
-    A block is all rows × one group of columns; the threshold itself is binarized, as published: for distinct values
-    n − floor(n·(1 − share)) − 1 entries are salient. A share of 0 leaves none and a share of 1 takes all.
-    `w` is float [N, K]; the result is bool [N, K].
+    A block is one group of columns of all rows, or of one row (`by_row`); the threshold itself is binarized, as
+    published: for distinct scores n − floor(n·(1 − share)) − 1 entries are salient. A share of 0 leaves none and a
+    share of 1 takes all. `scores` is float [N, K], at least 0; the result is bool [N, K].
     """
-    blocks = w.abs().reshape(w.shape[0], groups, -1)
-    rank = int(blocks[:, 0].numel() * (1 - share))
     if share in (0, 1):
-        return torch.full_like(w, bool(share), dtype=torch.bool)
+        return torch.full_like(scores, bool(share), dtype=torch.bool)
+    blocks = scores.reshape(scores.shape[0], groups, -1)
+    if by_row:
+        size = blocks.shape[-1]
+        # float: 1 − 0.1 is 0.9 and a hair, so a rank can reach n only through rounding.
+        threshold = blocks.kthvalue(min(int(size * (1 - share)), size - 1) + 1, dim=-1).values[:, :, None]
+        return (blocks > threshold).reshape(scores.shape)
     mask = torch.zeros_like(blocks, dtype=torch.bool)
     for group in range(groups):
         block = blocks[:, group]
-        # float: 1 − 0.1 is 0.9 and a hair, so a rank can reach n only through rounding.
-        threshold = block.flatten().kthvalue(min(rank, block.numel() - 1) + 1).values
-        mask[:, group] = block > threshold
-    return mask.reshape(w.shape)
+        rank = min(int(block.numel() * (1 - share)), block.numel() - 1)
+        mask[:, group] = block > block.flatten().kthvalue(rank + 1).values
+    return mask.reshape(scores.shape)
 
 
-def quantize_rows(w: Tensor, code_bits: int, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric min/max codes of each row, its range including 0: w ≈ scale·(code − zero).
+def row_codes(w: Tensor, code_bits: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """Step and zero point [N, 1] of asymmetric min/max codes of each row, its range including 0: w ≈ step·(code − zero).
 
-    scale = (max − min)/(2ᵇ − 1), zero = round(−min/scale), code = clamp(round(w/scale) + zero, 0, 2ᵇ − 1).
-    `w` float [N, K]; returns scale [N] in `dtype`, zero int32 [N], codes int32 [N, K] for the scale as stored.
+    step = (max − min)/(2ᵇ − 1) as stored in `dtype` (1 for a row of zeros), zero = clamp(round(−min/step), 0, 2ᵇ − 1).
     """
     top = 2**code_bits - 1
-    low, high = w.amin(dim=1).clamp_max(0), w.amax(dim=1).clamp_min(0)
-    stored = store((high - low) / top, dtype)
-    step = torch.where(stored == 0, 1.0, stored.float())
-    zero = (-low / step).round().clamp(0, top)
-    codes = ((w / step[:, None]).round() + zero[:, None]).clamp(0, top)
-    return stored, zero.to(torch.int32), codes.to(torch.int32)
+    low, high = w.amin(dim=1, keepdim=True).clamp_max(0), w.amax(dim=1, keepdim=True).clamp_min(0)
+    stored = store((high - low) / top, dtype).float()
+    step = torch.where(stored == 0, 1.0, stored)
+    return step, (-low / step).round().clamp(0, top)

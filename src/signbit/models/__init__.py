@@ -1,18 +1,33 @@
 """Finding the repeated blocks and linear layers of any decoder, and putting other layers in their place."""
 
-from signbit.models.replace import linear_parts, set_module
+from signbit.models.experts import Experts, is_fused
+from signbit.models.replace import linear_parts, set_module, set_weight
 from signbit.models.report import Decision, Report, bits_range, kind_of
-from signbit.models.structure import Structure, Target, find_structure, matches
+from signbit.models.structure import (
+    Selection,
+    Structure,
+    Target,
+    find_structure,
+    matches,
+    split_experts_,
+    unknown_pattern,
+)
 
 __all__ = [
     "Decision",
+    "Experts",
     "Report",
+    "Selection",
     "Structure",
     "Target",
     "bits_range",
     "find_structure",
+    "is_fused",
     "kind_of",
     "linear_parts",
     "matches",
     "set_module",
+    "set_weight",
+    "split_experts_",
+    "unknown_pattern",
 ]

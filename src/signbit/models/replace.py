@@ -19,3 +19,9 @@ def linear_parts(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     return (weight.T if isinstance(module, Conv1D) else weight), bias  # type: ignore[return-value]
+
+
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    """Makes `weight` [N, K] the matrix of an nn.Linear or a Conv1D, without a copy where it need not be turned."""
+    parameter: Tensor = module.weight  # type: ignore[assignment]
+    parameter.data = weight.T if isinstance(module, Conv1D) else weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from signbit.errors import OptionError, StructureError
 from signbit.linear import BinaryLinear, PackedLinear
-from signbit.models.report import Decision
+from signbit.models.experts import Experts, expert_names, fused_experts
+from signbit.models.replace import set_module
+from signbit.models.report import Decision, kind_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,71 @@ def matches(pattern: str, name: str) -> bool:
         all(fnmatchcase(part, want) for part, want in zip(parts[i:], wanted, strict=False))
         for i in range(len(parts) - len(wanted) + 1)
     )
+
+
+def nearest_names(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names in which the dotted parts of `pattern` are most nearly found, one of each kind."""
+    length = len(pattern.split("."))
+
+    def likeness(name: str) -> float:
+        parts = name.split(".")
+        windows = [".".join(parts[i : i + length]) for i in range(max(1, len(parts) - length + 1))]
+        return max(SequenceMatcher(None, pattern, window).ratio() for window in windows)
+
+    first_of_kind: dict[str, str] = {}
+    for name in names:
+        first_of_kind.setdefault(kind_of(name), name)
+    return sorted(first_of_kind.values(), key=lambda name: (-likeness(name), name))[:count]
+
+
+def unknown_pattern(flag: str, pattern: str, names: Iterable[str]) -> OptionError:
+    """The error for a pattern that matches none of `names`."""
+    return OptionError(
+        f"{flag} {pattern} matches no linear layer; the nearest are {', '.join(nearest_names(pattern, names))} "
+        "(a pattern is whole dotted parts of a name: layers.1 is not layers.10, * stands for any letters of one part)"
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which linear layers of the repeated blocks are binarized; the rest stays as it is and is reported as kept."""
+
+    keep: tuple[str, ...] = ()
+    """Patterns of names that stay."""
+    min_layer: int = 0
+    """First block that is binarized."""
+    max_layer: int | None = None
+    """Block before which binarizing ends; None: after the last."""
+    only: tuple[str, ...] = ()
+    """Patterns of names outside of which everything stays."""
+    invert: bool = False
+    """Binarize what `min_layer`, `max_layer` and `only` leave out, instead of what they select."""
+
+    def __post_init__(self) -> None:
+        if self.min_layer < 0 or (self.max_layer is not None and self.max_layer <= self.min_layer):
+            raise OptionError(
+                f"blocks from {self.min_layer} up to (not including) {self.max_layer} are none; give --min-layer at "
+                "least 0 and --max-layer above it"
+            )
+
+    def kept_by(self, name: str, block: int) -> str | None:
+        """Why the layer `name` of block number `block` stays, or None if it is binarized."""
+        for pattern in self.keep:
+            if matches(pattern, name):
+                return f"--keep {pattern}"
+        inside = self.min_layer <= block and (self.max_layer is None or block < self.max_layer)
+        inside = inside and (not self.only or any(matches(pattern, name) for pattern in self.only))
+        return None if inside != self.invert else "not selected"
+
+    def check(self, names: Iterable[str], blocks: int) -> None:
+        """Raises OptionError for a pattern that matches none of `names`, or a block that is not there."""
+        known = list(names)
+        for flag, patterns in (("--keep", self.keep), ("--only", self.only)):
+            for pattern in patterns:
+                if not any(matches(pattern, name) for name in known):
+                    raise unknown_pattern(flag, pattern, known)
+        if self.min_layer >= blocks:
+            raise OptionError(f"--min-layer is {self.min_layer}, but the model has {blocks} blocks, 0 to {blocks - 1}")
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -81,41 +149,37 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outermost.items(), key=lambda item: _parameters(item[1]))
 
 
-def find_structure(model: nn.Module, keep: Iterable[str] = ()) -> Structure:
+def find_structure(model: nn.Module, selection: Selection | None = None) -> Structure:
     """Which linears of `model` are binarized and why the rest is not.
 
-    nn.Linear and Conv1D (GPT-2) inside the repeated block are; everything outside the block (embeddings, head,
-    projections around it) and what a pattern of `keep` matches stays. `model` may be on the meta device.
+    nn.Linear and Conv1D (GPT-2) inside the repeated block are, unless `selection` says otherwise; everything outside
+    the block (embeddings, head, projections around it) stays. `model` may be on the meta device. The experts of a
+    mixture count as linears once `split_experts_` has taken them apart.
 
-    Raises StructureError for a model without a repeated block, one that is packed already, or one whose experts are
-    fused 3-D parameters; OptionError for a `keep` pattern that matches no linear.
+    Raises StructureError for a model without a repeated block, or one that is packed already; OptionError for a
+    pattern that matches no linear.
     """
+    chosen = selection or Selection()
     name, blocks = find_blocks(model)
     targets: list[Target] = []
     kept: list[Decision] = []
-    patterns = list(keep)
-    unused = set(patterns)
     for index, block in enumerate(blocks):
         for child_name, child in block.named_modules(prefix=f"{name}.{index}"):
             if isinstance(child, (PackedLinear, BinaryLinear)):
                 raise StructureError(f"{child_name} is binarized already; start from the full-precision model")
-            _refuse_fused_experts(child_name, child)
-            matched = [pattern for pattern in patterns if matches(pattern, child_name)]
             if _is_linear(child):
-                unused.difference_update(matched)
-            if _is_linear(child) and not matched:
-                targets.append(Target(child_name, index, *_size(child)))
-            elif _is_linear(child):
-                kept.append(Decision(child_name, "kept", f"--keep {matched[0]}", _parameters(child), asked=True))
+                why = chosen.kept_by(child_name, index)
+                if why is None:
+                    targets.append(Target(child_name, index, *_size(child)))
+                else:
+                    kept.append(Decision(child_name, "kept", why, _parameters(child), asked=True))
+            elif fused_experts(child):
+                kept.append(Decision(child_name, "kept", "all experts kept", _parameters(child), asked=True))
             elif isinstance(child, (nn.Linear, nn.modules.conv._ConvNd)):
                 reason = f"a {type(child).__name__}, which is no plain linear layer"
                 kept.append(Decision(child_name, "kept", reason, _parameters(child)))
-    if unused:
-        known = sorted({t.name for t in targets} | {d.name for d in kept})
-        raise OptionError(
-            f"--keep {sorted(unused)[0]} matches no linear layer; a pattern is whole dotted parts of names such as "
-            f"{known[0]} (layers.1 is not layers.10, * stands for any letters of one part)"
-        )
+    fused = [n for m_name, m in model.named_modules() if fused_experts(m) for n in expert_names(m_name, m)]
+    chosen.check([*(t.name for t in targets), *(d.name for d in kept), *fused], len(blocks))
     outside = [
         Decision(child_name, "kept", "outside the repeated block", _parameters(child))
         for child_name, child in model.named_modules()
@@ -124,11 +188,17 @@ def find_structure(model: nn.Module, keep: Iterable[str] = ()) -> Structure:
     return Structure(name, len(blocks), tuple(targets), (*kept, *outside), _parameters(blocks))
 
 
-def _refuse_fused_experts(name: str, module: nn.Module) -> None:
-    for parameter_name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-            raise StructureError(
-                f"{name}.{parameter_name} holds {parameter.shape[0]} experts in one 3-D parameter "
-                f"{list(parameter.shape)}; mixtures of experts are not supported by this version. "
-                "Use a dense decoder"
-            )
+def split_experts_(model: nn.Module, selection: Selection | None = None, prefix: str = "", block: int = 0) -> None:
+    """Puts `Experts` in the place of the fused modules of `model` of which an expert is binarized, in place.
+
+    `model` may be one block: `prefix` is then its name and `block` its number. The values stay; each matrix becomes a
+    view of its expert's part. Raises as `Experts` does.
+    """
+    chosen = selection or Selection()
+    for name, module in list(model.named_modules()):
+        if not fused_experts(module):
+            continue
+        full = f"{prefix}.{name}" if prefix else name
+        number = block if prefix else next((int(part) for part in full.split(".") if part.isdigit()), 0)
+        if any(chosen.kept_by(expert, number) is None for expert in expert_names(full, module)):
+            set_module(model, name, Experts(full, module))

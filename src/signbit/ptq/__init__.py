@@ -1,13 +1,33 @@
-"""Post-training quantization: a model's linears, one after another, become packed layers."""
+"""Post-training quantization: a model's blocks, one after another, become packed layers."""
 
 from signbit.ptq.head import plan_head, quantize_head_, tie_int8, with_head
-from signbit.ptq.quantize import MINIMUM_SHARE, Memory, memory, plan, quantize_
+from signbit.ptq.quantize import (
+    MINIMUM_SHARE,
+    Blocks,
+    Memory,
+    Plan,
+    Progress,
+    Walk,
+    check_finite,
+    estimate,
+    find_targets,
+    memory,
+    quantize_,
+)
+from signbit.ptq.streams import Where
 
 __all__ = [
     "MINIMUM_SHARE",
+    "Blocks",
     "Memory",
+    "Plan",
+    "Progress",
+    "Walk",
+    "Where",
+    "check_finite",
+    "estimate",
+    "find_targets",
     "memory",
-    "plan",
     "plan_head",
     "quantize_",
     "quantize_head_",

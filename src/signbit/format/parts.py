@@ -1,0 +1,140 @@
+"""The unfinished directory: finished parts of a model on disk, from which a killed run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from signbit.errors import FormatError
+from signbit.format.reader import StoredTensors, TensorHeader, read_headers
+
+_SETTINGS = "settings.json"
+
+
+class Parts:
+    """Tensors and a record for each finished part of a model, in a directory beside OUT.
+
+    A part counts once its record is there, which is renamed into place after its tensors are on the disk: whatever
+    kills the process, a part is whole or absent. Made by `opened`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, folder: Path, settings: Mapping[str, Any], restart: bool = False) -> Iterator[Parts]:
+        """The parts of a run with `settings` (JSON values), those of an earlier run that had the same included.
+
+        Raises FormatError if the directory is another run's (the message names the settings that differ), is in use,
+        or cannot be written; `restart` deletes what an earlier run left.
+        """
+        parts = cls(folder)
+        with contextlib.ExitStack() as stack:
+            with parts._explained():
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((folder / "lock").open("w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise FormatError(
+                        f"another process is at work in {folder}; wait for it, or give another -o"
+                    ) from None
+                if restart:
+                    parts._clear()
+                parts._begin(settings)
+            yield parts
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise FormatError(
+                f"{self.folder} could not be written ({error}); the finished blocks in it stay. Free space, then "
+                "repeat the command"
+            ) from error
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        path = self.folder / _SETTINGS
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        if not path.exists():
+            self._clear()
+            self._write(path, text)
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if differences := _differences(before, json.loads(text)):
+            raise FormatError(
+                f"{self.folder} holds an unfinished run with other settings ({'; '.join(differences)}); repeat that "
+                "command to finish it, give another -o, or --restart to throw its blocks away"
+            )
+
+    def _clear(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+
+    def record(self, name: str) -> Any:
+        """The record of a finished part (JSON values), or None."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], record: Any) -> None:
+        """Writes a part."""
+        path = self.folder / f"{name}.safetensors"
+        with self._explained():
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+            self._write(self.folder / f"{name}.json", json.dumps(record) + "\n")
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a finished part."""
+        loaded: dict[str, Tensor] = load_file(self.folder / f"{name}.safetensors")
+        return loaded
+
+    def headers(self, name: str) -> dict[str, TensorHeader]:
+        """Where the tensors of a finished part lie."""
+        return read_headers([self.folder / f"{name}.safetensors"])
+
+    def stored(self, names: list[str]) -> StoredTensors:
+        """The tensors of several parts, each read when it is asked for."""
+        return StoredTensors(read_headers(self.folder / f"{name}.safetensors" for name in names))
+
+    def remove(self) -> None:
+        """Deletes the directory: the run is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [
+            d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
+    if before == now:
+        return []
+    if path.startswith("source"):
+        return [f"the source model's {path.partition('.')[2] or 'files'} changed since"]
+    return [f"{path}: {before!r} there, {now!r} here"]

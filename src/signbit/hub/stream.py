@@ -1,0 +1,269 @@
+"""Quantizing a model on the disk into a packed directory, with one block of it in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from signbit import format as packed_format
+from signbit import ptq
+from signbit.data import CalibrationOptions, check_calibration, draw_windows, self_generated
+from signbit.data.calibration import SELF
+from signbit.errors import OptionError, SignbitError
+from signbit.hub.config import SignbitConfig
+from signbit.hub.load import load_any, load_source, load_streamed, load_tokenizer, torch_device
+from signbit.hub.quantizer import finish_
+from signbit.hub.save import save
+from signbit.linear import LayerSpec, PackedLinear
+from signbit.models import Decision, Report, Structure, linear_parts, set_module, split_experts_
+from signbit.version import VERSION
+from signbit.weight import BinaryWeight
+
+#: Called with a line for the user.
+Note = Callable[[str], None]
+
+
+def source_digests(model: str) -> dict[str, str]:
+    """What tells whether a source changed: the commit of a hub model, the SHA-256 of each file of a directory."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        return {"commit": str(getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)), "id": model}
+    digests = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model") and file.is_file():
+            with file.open("rb") as stream:
+                digest = hashlib.sha256()
+                while piece := stream.read(1 << 22):
+                    digest.update(piece)
+            digests[file.name] = digest.hexdigest()
+    return digests
+
+
+class StreamedBlocks(ptq.Blocks):
+    """Blocks that are read from the source when their turn comes, and written to `parts` when they are done."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        structure: Structure,
+        plan: ptq.Plan,
+        device: str,
+        parts: packed_format.Parts,
+    ) -> None:
+        super().__init__(model, structure, plan, device)
+        self.weights, self.parts = weights, parts
+
+    @staticmethod
+    def part(index: int) -> str:
+        """The name of a block's part."""
+        return f"block-{index:05}"
+
+    def load(self, index: int) -> None:
+        prefix = f"{self.structure.blocks}.{index}"
+        block = self.modules[index]
+        for name, parameter in list(block.named_parameters()):
+            if parameter.is_meta:
+                tensor = self.weights[f"{prefix}.{name}"].to(self.device)
+                ptq.check_finite(f"{prefix}.{name}", tensor)
+                owner, _, last = name.rpartition(".")
+                setattr(block.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))
+        block.to(self.device)
+        split_experts_(block, self.plan.selection, prefix, index)
+
+    def finished(self, index: int) -> tuple[list[Decision], dict[str, BinaryWeight | Tensor]] | None:
+        record = self.parts.record(self.part(index))
+        if record is None:
+            return None
+        decisions = [Decision(**values) for values in record["decisions"]]
+        tensors = self.parts.tensors(self.part(index))
+        results: dict[str, BinaryWeight | Tensor] = {}
+        for decision in decisions:
+            own = {
+                k.removeprefix(f"{decision.name}."): v for k, v in tensors.items() if k.startswith(f"{decision.name}.")
+            }
+            if decision.name in record["layers"]:
+                spec = LayerSpec.from_dict(record["layers"][decision.name])
+                results[decision.name] = _fill(spec, own).weights[0]
+            else:
+                results[decision.name] = own["weight"]
+        return decisions, results
+
+    def skip(self, index: int) -> None:
+        record = self.parts.record(self.part(index))
+        headers = self.parts.headers(self.part(index))
+        prefix = f"{self.structure.blocks}.{index}"
+        split_experts_(self.modules[index], self.plan.selection, prefix, index)
+        for name, values in record["layers"].items():
+            spec = LayerSpec.from_dict(values)
+            lengths = {k.removeprefix(f"{name}."): h.shape[0] for k, h in headers.items() if k.startswith(f"{name}.")}
+            bias = linear_parts(self.model.get_submodule(name))[1]
+            dtype = torch.float32 if bias is None else bias.dtype
+            set_module(self.model, name, PackedLinear.from_spec(spec, lengths, dtype, "meta"))
+
+    def leave(self, index: int, decisions: list[Decision]) -> None:
+        block = self.modules[index]
+        prefix = f"{self.structure.blocks}.{index}"
+        if self.parts.record(self.part(index)) is None:
+            tensors = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
+            layers = {
+                f"{prefix}.{name}": module.spec.to_dict()
+                for name, module in block.named_modules()
+                if isinstance(module, PackedLinear)
+            }
+            record = {"decisions": [asdict(decision) for decision in decisions], "layers": layers}
+            self.parts.put(self.part(index), tensors, record)
+        block.to("meta")
+
+
+def _fill(spec: LayerSpec, tensors: dict[str, Tensor]) -> PackedLinear:
+    """The packed layer of stored tensors."""
+    lengths = {name: tensor.shape[0] for name, tensor in tensors.items() if tensor.ndim}
+    layer = PackedLinear.from_spec(spec, lengths, torch.float32, "meta")
+    layer.load_state_dict(tensors, assign=True)
+    return layer
+
+
+def quantize(
+    source: str,
+    out: str | Path,
+    config: SignbitConfig,
+    calibration: CalibrationOptions | None = None,
+    data_dir: str | Path | None = None,
+    device: str = "cpu",
+    inputs_on: ptq.Where = "cpu",
+    overwrite: bool = False,
+    restart: bool = False,
+    command: str | None = None,
+    progress: Callable[[str, int, int, str], None] | None = None,
+    note: Note | None = None,
+) -> tuple[Path, Report]:
+    """Quantizes the model directory (or hub id) `source` into the packed directory `out`, one block at a time.
+
+    What is finished stands in OUT.partial until the end; after a kill, the same call goes on at the last finished
+    block and ends with the same bytes. `calibration` is needed by methods that measure inputs, `device` is where
+    blocks compute, `inputs_on` where the inputs of a block are kept. `progress` is called with (stage, done, in all,
+    name). Raises SignbitError's children for whatever a user can mend; `out` is then as it was.
+    """
+    note = note or (lambda _line: None)
+    chosen = calibration or CalibrationOptions()
+    target = packed_format.check_target(out, overwrite)
+    _check_apart(source, target)
+    torch_device(device)
+    if config.plan.needs.moments:
+        if chosen.calibration is None:
+            raise OptionError(
+                f"{config.method} measures the layers' inputs: give --calibration c4|wikitext2|ptb|FILE|self "
+                "(or options that need none: for pbllm --no-gptq --saliency magnitude)"
+            )
+        check_calibration(chosen, data_dir)
+    elif chosen.calibration is not None:
+        raise OptionError(
+            f"--calibration {chosen.calibration} would not be used: {config.method} with these options measures no "
+            "inputs; leave it out"
+        )
+    skeleton = load_source(source, skeleton=True)
+    split_experts_(skeleton, config.plan.selection)
+    structure = ptq.find_targets(skeleton, config.plan)
+    if config.head == "int8":
+        ptq.plan_head(skeleton)
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(source)
+    except SignbitError as error:
+        if config.plan.needs.moments and chosen.calibration != SELF:
+            raise
+        note(f"{error}; {out} will have no tokenizer")
+    settings = {
+        "source": source_digests(source),
+        "config": config.settings(),
+        "calibration": asdict(chosen) if config.plan.needs.moments else None,
+        "device": torch.device(device).type,
+        "signbit": VERSION,
+    }
+    folder = target.with_name(f"{target.name}.partial")
+    with ExitStack() as stack:
+        parts = stack.enter_context(packed_format.Parts.opened(folder, settings, restart))
+        if done := sum(parts.record(StreamedBlocks.part(i)) is not None for i in range(structure.block_count)):
+            note(f"going on in {folder}: {done} of {structure.block_count} blocks are finished")
+        windows = None
+        if config.plan.needs.moments:
+            windows, origin = _windows(source, parts, tokenizer, chosen, data_dir, device, skeleton.config, progress)
+            config.calibration = {**asdict(chosen), "text": origin}
+        offload = stack.enter_context(TemporaryDirectory(dir=folder, prefix="offload-"))
+        model, weights = load_streamed(source, structure.blocks, offload, device)
+        for name, tensor in _outside(model, structure.blocks).items():
+            ptq.check_finite(name, tensor)
+        blocks = StreamedBlocks(model, weights, structure, config.plan, device, parts)
+
+        def layers(done: int, total: int, name: str) -> None:
+            if progress is not None:
+                progress("quantizing", done, total, name)
+
+        decisions = ptq.Walk(blocks, windows, layers, inputs_on, folder).run()
+        report = Report((*decisions, *structure.kept), structure.block_parameters)
+        if config.head == "int8":
+            report = ptq.with_head(report, ptq.quantize_head_(model))
+        finish_(model, config, report)
+        tensors = ChainMap(
+            _outside(model, structure.blocks),
+            parts.stored([blocks.part(i) for i in range(structure.block_count)]),  # type: ignore[arg-type]
+        )
+        path = save(model, target, tokenizer, report, source, command, overwrite, tensors)
+        parts.remove()
+    return path, report
+
+
+def _check_apart(source: str, target: Path) -> None:
+    resolved = Path(source).resolve()
+    if target.resolve() == resolved or target.resolve() in resolved.parents:
+        raise OptionError(f"OUT is the source model {source} itself, or holds it; give another directory")
+
+
+def _outside(model: nn.Module, blocks: str) -> dict[str, Tensor]:
+    """The tensors outside of the blocks, tied ones once."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{blocks}.")}
+    kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, model)
+    return kept
+
+
+def _windows(
+    source: str,
+    parts: packed_format.Parts,
+    tokenizer: Any,
+    chosen: CalibrationOptions,
+    data_dir: str | Path | None,
+    device: str,
+    config: Any,
+    progress: Callable[[str, int, int, str], None] | None,
+) -> tuple[Tensor, str]:
+    """Calibration windows and where they are from; kept with the parts, so that a resumed run has the same."""
+    record = parts.record("calibration")
+    if record is None:
+        if chosen.calibration == SELF:
+
+            def written(done: int, total: int) -> None:
+                if progress is not None:
+                    progress("writing its own text", done, total, "")
+
+            model = load_any(source, "auto", device)
+            windows, origin = self_generated(model, chosen, progress=written), "written by the model itself"
+        else:
+            limit = getattr(config, "max_position_embeddings", None)
+            windows, origin = draw_windows(tokenizer, chosen, data_dir, limit)
+        parts.put("calibration", {"windows": windows}, origin)
+        return windows, origin
+    return parts.tensors("calibration")["windows"], record
