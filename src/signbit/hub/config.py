@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +41,7 @@ class SignbitConfig(QuantizationConfigMixin):
         head: str = "keep",
         keep: Iterable[str] = (),
         allow_partial: bool = False,
-        rules: Rules | None = None,
+        rules: Rules | Iterable[tuple[str, Mapping[str, Any]]] = (),
         min_layer: int = 0,
         max_layer: int | None = None,
         only: Iterable[str] = (),
@@ -53,9 +53,10 @@ class SignbitConfig(QuantizationConfigMixin):
         self.method = method
         self.head = head
         selection = Selection(_patterns(keep), min_layer, max_layer, _patterns(only), invert)
-        rules = {pattern: dict(values) for pattern, values in (rules or {}).items()}
-        self.plan = ptq.Plan(make_options(METHODS, method, options), selection, rules, allow_partial)
-        check_rules(self.plan.options, rules)
+        pairs = rules.items() if isinstance(rules, Mapping) else rules
+        by_pattern = {pattern: dict(values) for pattern, values in pairs}
+        self.plan = ptq.Plan(make_options(METHODS, method, options), selection, by_pattern, allow_partial)
+        check_rules(self.plan.options, by_pattern)
         #: Where calibration text came from, for config.json; set by whoever calibrates.
         self.calibration: dict[str, Any] | None = None
         self.description: Description | None = None
@@ -87,7 +88,8 @@ class SignbitConfig(QuantizationConfigMixin):
         default = asdict(Selection())
         settings |= {k: v for k, v in selection.items() if k != "keep" and v != default[k] and v != []}
         if self.plan.rules:
-            settings["rules"] = {pattern: dict(values) for pattern, values in self.plan.rules.items()}
+            # A list, because their order counts and JSON writers sort keys.
+            settings["rules"] = [[pattern, dict(values)] for pattern, values in self.plan.rules.items()]
         if self.calibration is not None:
             settings["calibration"] = self.calibration
         return settings

@@ -28,6 +28,7 @@ from signbit.models import Decision, Report, Structure, linear_parts, set_module
 from signbit.version import VERSION
 from signbit.weight import BinaryWeight
 
+_FINISHED = "finished"
 #: Called with a line for the user.
 Note = Callable[[str], None]
 
@@ -158,6 +159,8 @@ def quantize(
     """
     note = note or (lambda _line: None)
     chosen = calibration or CalibrationOptions()
+    folder = Path(out).absolute().with_name(f"{Path(out).absolute().name}.partial")
+    overwrite = overwrite or _is_finished(Path(out), folder)
     target = packed_format.check_target(out, overwrite)
     _check_apart(source, target)
     torch_device(device)
@@ -192,7 +195,6 @@ def quantize(
         "device": torch.device(device).type,
         "signbit": VERSION,
     }
-    folder = target.with_name(f"{target.name}.partial")
     with ExitStack() as stack:
         parts = stack.enter_context(packed_format.Parts.opened(folder, settings, restart))
         if done := sum(parts.record(StreamedBlocks.part(i)) is not None for i in range(structure.block_count)):
@@ -220,9 +222,19 @@ def quantize(
             _outside(model, structure.blocks),
             parts.stored([blocks.part(i) for i in range(structure.block_count)]),  # type: ignore[arg-type]
         )
+        parts.put(_FINISHED, {}, packed_format.tensors_sha256(tensors))
         path = save(model, target, tokenizer, report, source, command, overwrite, tensors)
         parts.remove()
     return path, report
+
+
+def _is_finished(out: Path, folder: Path) -> bool:
+    """Whether `out` is what the run in `folder` made, killed between its last rename and its tidying up."""
+    digest = packed_format.Parts(folder).record(_FINISHED)
+    try:
+        return digest is not None and packed_format.read_description(out)[1].tensors_sha256 == digest
+    except SignbitError:
+        return False
 
 
 def _check_apart(source: str, target: Path) -> None:

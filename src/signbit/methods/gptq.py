@@ -6,16 +6,59 @@ minimized is the mean squared error of the layer's output, E(Q) = tr((W − Q) H
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from signbit.errors import WeightError
 
-#: The value nearest to each of `values` [N, n] that the columns `where` may hold.
-Nearest = Callable[[Tensor, slice], Tensor]
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that each entry of a matrix [N, K] may hold, all float32 as they are stored.
+
+    Salient entries (`salient` bool [N, K]) take code_step·(code − code_zero), code from 0 to `code_top`, step and zero
+    [N, 1]. The others, by `kind`: "two" shift ± scale, divided at shift; "above" shift ± scale, divided at 0; "codes"
+    scale·(code − zero), code from 0 to `low_top`; "zero" 0; "free" anything. scale, shift and zero are [N, 1], or
+    [N, K] where groups of columns differ.
+    """
+
+    salient: Tensor
+    code_step: Tensor
+    code_zero: Tensor
+    code_top: int
+    kind: Literal["two", "above", "codes", "zero", "free"]
+    scale: Tensor
+    shift: Tensor
+    zero: Tensor | None = None
+    low_top: int = 0
+
+    def nearest(self, values: Tensor, where: slice) -> Tensor:
+        """The value that each of `values` [N, n] in the columns `where` would take."""
+        codes = (values / self.code_step).round_().add_(self.code_zero).clamp_(0, self.code_top)
+        high = codes.sub_(self.code_zero).mul_(self.code_step)
+        return torch.where(self.salient[:, where], high, self._low(values, where))
+
+    def _low(self, values: Tensor, where: slice) -> Tensor:
+        if self.kind == "free":
+            return values
+        if self.kind == "zero":
+            return torch.zeros_like(values)
+        columns = where if self.scale.shape[1] > 1 else slice(None)
+        scale, shift = self.scale[:, columns], self.shift[:, columns]
+        if self.kind == "codes":
+            assert self.zero is not None
+            zero = self.zero[:, columns]
+            divisor = torch.where(scale == 0, 1.0, scale)
+            return ((values / divisor).round() + zero).clamp(0, self.low_top).sub_(zero).mul_(scale)
+        return torch.where(self.positive(values, where), shift + scale, shift - scale)
+
+    def positive(self, values: Tensor, where: slice = slice(None)) -> Tensor:
+        """Which of `values` take the upper of two levels; the published {0, s} divides at 0, not half way."""
+        columns = where if self.scale.shape[1] > 1 else slice(None)
+        return values > 0 if self.kind == "above" else values >= self.shift[:, columns]
 
 
 @dataclass(frozen=True)
@@ -68,7 +111,8 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
             f"the Hessian of its inputs is not positive definite with a damping of {damping:g}; "
             "use --damping 0.1, or more calibration text (--samples)"
         )
-    return Factor(damped.float(), inverse.diagonal().float(), upper.float(), dead)
+    # Row-major: LAPACK's and cuSOLVER's factors are not always.
+    return Factor(damped.float(), inverse.diagonal().float(), upper.float().contiguous(), dead)
 
 
 def matched_to_dense(weight: Tensor, moments: Moments, factor: Factor) -> Tensor:
@@ -83,52 +127,70 @@ def matched_to_dense(weight: Tensor, moments: Moments, factor: Factor) -> Tensor
     return weight + (weight.double() @ moments.cross.double() @ upper.T @ upper).float()
 
 
-def sweep(weight: Tensor, factor: Factor, nearest: Nearest, block: int) -> Tensor:
+def sweep(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
     """GPTQ: quantizes column after column and takes each one's error back in those after it; returns Q [N, K].
 
     e = (wⱼ − qⱼ)/Uⱼⱼ, then W[:, j:] −= e·U[j, j:]; columns after a block of `block` are updated once a block.
     Source: GPTQ (arXiv 2210.17323), algorithm 1.
     """
-    left, quantized = weight.clone(), torch.empty_like(weight)
+    left = weight.clone(memory_format=torch.contiguous_format)
+    quantized = torch.empty_like(left)
     columns = weight.shape[1]
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
-        part = left[:, begin:end]
-        errors = torch.empty_like(part)
-        for j in range(begin, end):
-            value = part[:, j - begin : j - begin + 1]
-            q = nearest(value, slice(j, j + 1))
-            quantized[:, j : j + 1] = q
-            error = (value - q) / factor.upper[j, j]
-            errors[:, j - begin : j - begin + 1] = error
-            part[:, j - begin :].addmm_(error, factor.upper[j : j + 1, j:end], alpha=-1)
+        inner = factor.upper[begin:end, begin:end]
+        errors = _columns(left[:, begin:end], quantized[:, begin:end], inner, grid, begin, descend=False)
         left[:, end:] -= errors @ factor.upper[begin:end, end:]
     return quantized
 
 
-def descend(weight: Tensor, quantized: Tensor, hessian: Tensor, nearest: Nearest, block: int) -> Tensor:
+def descend(weight: Tensor, quantized: Tensor, hessian: Tensor, grid: Grid, block: int) -> Tensor:
     """One pass of coordinate descent on E(Q) over all columns; returns the new Q, whose error is never larger.
 
     Column j alone is best at qⱼ − ((Q − W)·H)ⱼ/Hⱼⱼ; it takes the nearest value that it may hold.
     Source: QuantEase (arXiv 2309.01885), section 3. float32 [N, K], `hessian` [K, K].
     """
-    result = quantized.clone()
+    result = quantized.clone(memory_format=torch.contiguous_format)
     slope = (quantized - weight) @ hessian
-    diagonal = hessian.diagonal()
     columns = weight.shape[1]
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
-        part = slope[:, begin:end]
-        changes = torch.empty_like(part)
-        for j in range(begin, end):
-            old = result[:, j : j + 1]
-            new = nearest(old - part[:, j - begin : j - begin + 1] / diagonal[j], slice(j, j + 1))
-            change = new - old
-            result[:, j : j + 1] = new
-            changes[:, j - begin : j - begin + 1] = change
-            part.addmm_(change, hessian[j : j + 1, begin:end])
+        inner = hessian[begin:end, begin:end]
+        changes = _columns(slope[:, begin:end], result[:, begin:end], inner, grid, begin, descend=True)
         slope[:, end:] += changes @ hessian[begin:end, end:]
     return result
+
+
+def _columns(part: Tensor, quantized: Tensor, matrix: Tensor, grid: Grid, begin: int, descend: bool) -> Tensor:
+    """The columns [N, n] of one block, one after another; Q goes into `quantized`, errors or changes are returned.
+
+    Sweep: v = partⱼ, q nearest to it, e = (v − q)/Uⱼⱼ, part −= e·Uⱼ. Descent: v = qⱼ − partⱼ/Hⱼⱼ, q' nearest to it,
+    e = q' − qⱼ, part += e·Hⱼ. `matrix` [n, n] is the block of U or of H.
+    """
+    if part.is_cuda:
+        from signbit.methods import columns_triton
+
+        return columns_triton.columns(part, quantized, matrix, grid, begin, descend)
+    return _columns_by_torch(part, quantized, matrix, grid, begin, descend)
+
+
+def _columns_by_torch(part: Tensor, quantized: Tensor, matrix: Tensor, grid: Grid, begin: int, descend: bool) -> Tensor:
+    changes = torch.empty_like(part)
+    diagonal = matrix.diagonal()
+    for j in range(part.shape[1]):
+        here, where = slice(j, j + 1), slice(begin + j, begin + j + 1)
+        value = part[:, here]
+        if descend:
+            old = quantized[:, here]
+            new = grid.nearest(old - value / diagonal[j], where)
+            change = new - old
+        else:
+            new = grid.nearest(value, where)
+            change = (value - new) / diagonal[j]
+        quantized[:, here] = new
+        changes[:, here] = change
+        part.addmm_(change, matrix[here], alpha=1 if descend else -1)
+    return changes
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None = None) -> float:

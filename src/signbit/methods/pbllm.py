@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from signbit.methods.base import (
     group_count,
     store,
 )
-from signbit.methods.gptq import Factor, Moments, descend, matched_to_dense, sweep
+from signbit.methods.gptq import Factor, Grid, Moments, descend, matched_to_dense, sweep
 from signbit.weight import BinaryWeight, Salient
 
 Low = Literal["xnor", "sign", "prune", "2bit", "3bit", "4bit", "no"]
@@ -41,11 +41,10 @@ class PbllmOptions(MethodOptions):
     """Share of the weights that keep `salient_bits` bits, 0 to 1 (the published `low_frac` is 1 minus this)."""
     salient_bits: int = 8
     """Bits of a salient weight, 1 to 8."""
-    saliency: Saliency = "hessian"
-    """What makes a weight salient: hessian is w²/U², U the diagonal of the Cholesky factor of the inverse Hessian (the
-    published code), hessian-diagonal w²/[H⁻¹], hessian-paper w²/[H⁻¹]², magnitude |w| (needs no calibration)."""
-    threshold: Literal["layer", "row"] = "layer"
-    """Whether the salient share is taken over all rows of a group of columns (published), or of each row alike."""
+    saliency: Saliency = "hessian-diagonal"
+    """What makes a weight salient: hessian-diagonal is w²/[H⁻¹]ⱼⱼ, the error that binarizing it to 0 costs once the others
+    make up for it; hessian w²/Uⱼⱼ², U the Cholesky factor of H⁻¹ (the published code); hessian-paper w²/[H⁻¹]ⱼⱼ²;
+    magnitude |w| (needs no calibration)."""
     low: Low = "xnor"
     """Quantizer of the rest: xnor (mean ± scale), sign ({0, s}), prune (0), 2bit, 3bit (8 levels, published as
     "4bit"), 4bit (16 levels), or no (unchanged: the layer stays dense, which needs --allow-partial)."""
@@ -84,7 +83,6 @@ class PbllmOptions(MethodOptions):
         if not 0 < self.damping < 100:
             raise OptionError(f"damping is {self.damping}; a share of the mean diagonal such as 0.01 is needed")
         check_choice("saliency", self.saliency, ("hessian", "hessian-diagonal", "hessian-paper", "magnitude"))
-        check_choice("threshold", self.threshold, ("layer", "row"))
         check_choice("low", self.low, ("xnor", "sign", "prune", *_LOW_BITS, "no"))
         check_choice("scale_over", self.scale_over, ("binarized", "all"))
         check_choice("match", self.match, ("dense", "prefix"))
@@ -125,12 +123,12 @@ class PbllmOptions(MethodOptions):
         salient = self._salient(w, factor)
         levels = _Levels(self, w, salient)
         if not self.gptq or factor is None:
-            return levels.encode(levels.nearest(w, slice(None)))
-        q = sweep(w, factor, levels.nearest, self.block)
+            return levels.encode(levels.grid.nearest(w, slice(None)))
+        q = sweep(w, factor, levels.grid, self.block)
         if self.refine:
             q = levels.fit(w, q, factor.hessian)
         for _ in range(self.refine):
-            q = descend(w, q, factor.hessian, levels.nearest, self.block)
+            q = descend(w, q, factor.hessian, levels.grid, self.block)
             q = levels.fit(w, q, factor.hessian)
         return levels.encode(q)
 
@@ -144,7 +142,7 @@ class PbllmOptions(MethodOptions):
             scores = w.square() / factor.inverse_diagonal
         else:
             scores = (w / factor.inverse_diagonal).square()
-        return salient_mask(scores, self.salient, group_count(self.group, w.shape[1]), self.threshold == "row")
+        return salient_mask(scores, self.salient, group_count(self.group, w.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,8 @@ class PbGptqOptions(PbllmOptions):
     Source: PB-LLM, arXiv 2310.00034, and its code (gptq_pb/). All options of pbllm, with the published defaults.
     """
 
+    saliency: Saliency = "hessian"
+    """What makes a weight salient; the published code has hessian, w²/Uⱼⱼ², and magnitude."""
     refine: int = 0
     """Rounds of refinement after the sweep; the published code has none."""
     match: Literal["dense", "prefix"] = "prefix"
@@ -163,80 +163,54 @@ class PbGptqOptions(PbllmOptions):
 
 
 class _Levels:
-    """The values that each entry of a matrix may hold, and their packed form.
+    """The grid of a matrix, how it is chosen, and the packed form of a matrix on it.
 
-    Per-row parameters are [N, 1], per-group ones are repeated over their columns [N, K], so that a slice of columns
-    is a view. All are the values as they are stored, so that rounding costs nothing after the choice.
+    Scale and shift [N, G] are the values as they are stored, so that rounding costs nothing after the choice.
     """
 
     def __init__(self, options: PbllmOptions, w: Tensor, salient: Tensor) -> None:
-        self.options, self.salient = options, salient
+        self.options = options
         self.groups = group_count(options.group, w.shape[1])
         self.width = w.shape[1] // self.groups
-        self.top = 2**options.salient_bits - 1
-        self.code_step, self.code_zero = row_codes(w, options.salient_bits, options.scale_dtype)
+        step, zero = row_codes(w, options.salient_bits, options.scale_dtype)
+        self.scale, self.shift, low_zero = self._first(w, salient)
+        kinds: dict[str, Any] = {"xnor": "two", "sign": "above", "prune": "zero", "no": "free"}
+        self.grid = Grid(
+            salient, step, zero, 2**options.salient_bits - 1, kinds.get(options.low, "codes"), self._over(self.scale),
+            self._over(torch.zeros_like(self.scale) if self.shift is None else self.shift),
+            None if low_zero is None else self._over(low_zero), 2 ** _LOW_BITS.get(options.low, 0) - 1,
+        )  # fmt: skip
+
+    def _first(self, w: Tensor, salient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scale, shift and zero point [N, G] of the entries that are not salient, by the low quantizer's formula."""
+        options = self.options
         grouped, inside = w.reshape(w.shape[0], self.groups, -1), ~salient.reshape(w.shape[0], self.groups, -1)
         masked = torch.where(inside, grouped, 0.0)
-        low = options.low
-        if low in _LOW_BITS:
+        if options.low in _LOW_BITS:
             # Differs from the published code: each row has its own zero point, where that takes row g's for group g.
-            self.low_top = 2 ** _LOW_BITS[low] - 1
+            top = 2 ** _LOW_BITS[options.low] - 1
             least, most = masked.amin(dim=-1).clamp_max(0), masked.amax(dim=-1).clamp_min(0)
-            self._set(self._store((most - least) / self.low_top), None)
-            self.zero = self._over(-least / self._divisor(self.scale_of_group)).round().clamp(0, self.low_top)
-        elif low == "sign":
+            scale = self._store((most - least) / top)
+            return scale, None, (-least / torch.where(scale == 0, 1.0, scale)).round().clamp(0, top)
+        if options.low == "sign":
             # {0, s} is s/2 ± s/2.
             half = self._store(masked.clamp_min(0).mean(dim=-1) / 2)
-            self._set(half, half)
-        elif low == "xnor":
+            return half, half, None
+        if options.low == "xnor":
             count = inside.sum(dim=-1).clamp_min(1) if options.scale_over == "binarized" else grouped.shape[-1]
             shift = self._store(masked.sum(dim=-1) / count, shift=True)
             # Published: entries outside the mask count as 0, so they add |0 − mean| each.
             offset = masked - shift[:, :, None]
             counted = offset if options.scale_over == "all" else torch.where(inside, offset, 0.0)
-            self._set(self._store(counted.abs().sum(dim=-1) / count), shift)
-        else:
-            self._set(torch.zeros(masked.shape[:2], device=w.device), None)
+            return self._store(counted.abs().sum(dim=-1) / count), shift, None
+        return torch.zeros(masked.shape[:2], device=w.device), None, None
 
     def _store(self, values: Tensor, shift: bool = False) -> Tensor:
         return store(values, self.options.scale_dtype, shift).float()
 
-    @staticmethod
-    def _divisor(step: Tensor) -> Tensor:
-        return torch.where(step == 0, 1.0, step)
-
     def _over(self, values: Tensor) -> Tensor:
         """[N, G] → [N, 1] or [N, K]."""
         return values if self.groups == 1 else values.repeat_interleave(self.width, dim=1)
-
-    def _set(self, scale: Tensor, shift: Tensor | None) -> None:
-        """Takes scale and shift [N, G] as stored."""
-        self.scale_of_group, self.shift_of_group = scale, shift
-        self.scale = self._over(scale)
-        self.shift = torch.zeros_like(self.scale) if shift is None else self._over(shift)
-
-    def nearest(self, values: Tensor, where: slice) -> Tensor:
-        """The value that each entry of the columns `where` would take: [N, n] → [N, n]."""
-        step = self.code_step
-        codes = (values / step).round_().add_(self.code_zero).clamp_(0, self.top)
-        return torch.where(self.salient[:, where], codes.sub_(self.code_zero).mul_(step), self._low(values, where))
-
-    def _low(self, values: Tensor, where: slice) -> Tensor:
-        low = self.options.low
-        if low == "no":
-            return values
-        if low == "prune":
-            return torch.zeros_like(values)
-        columns = slice(None) if self.groups == 1 else where
-        scale, shift = self.scale[:, columns], self.shift[:, columns]
-        if low in _LOW_BITS:
-            zero = self.zero[:, columns]
-            return ((values / self._divisor(scale)).round() + zero).clamp(0, self.low_top).sub_(zero).mul_(scale)
-        return torch.where(self._positive(values, shift), shift + scale, shift - scale)
-
-    def _positive(self, values: Tensor, shift: Tensor) -> Tensor:
-        """Which values take the upper of two levels; the published {0, s} divides at 0, not half way."""
-        return values > 0 if self.options.low == "sign" else values >= shift
 
     def fit(self, w: Tensor, q: Tensor, hessian: Tensor) -> Tensor:
         """Fits scale and shift of xnor to fixed signs and codes; returns Q with them. Other quantizers stay.
@@ -246,9 +220,10 @@ class _Levels:
         """
         if self.options.low != "xnor":
             return q
-        inside = (~self.salient).float()
-        signs = torch.where(self._positive(q, self.shift), inside, -inside)
-        rest = (w - torch.where(self.salient, q, 0.0)) @ hessian
+        salient = self.grid.salient
+        inside = (~salient).float()
+        signs = torch.where(self.grid.positive(q), inside, -inside)
+        rest = (w - torch.where(salient, q, 0.0)) @ hessian
         solved = torch.cat(
             [
                 self._least_squares(some, ones, right, hessian)
@@ -256,8 +231,9 @@ class _Levels:
             ]
         )
         scale, shift = self._store(solved[:, 0]), self._store(solved[:, 1], shift=True)
-        fitted = torch.where(self.salient, q, self._over(shift) + self._over(scale) * signs)
-        self._set(scale.abs(), shift)  # a scale below 0 turns the signs over
+        fitted = torch.where(salient, q, self._over(shift) + self._over(scale) * signs)
+        self.scale, self.shift = scale.abs(), shift  # a scale below 0 turns the signs over
+        self.grid = replace(self.grid, scale=self._over(self.scale), shift=self._over(self.shift))
         return fitted
 
     def _least_squares(self, signs: Tensor, inside: Tensor, rest: Tensor, hessian: Tensor) -> Tensor:
@@ -284,25 +260,27 @@ class _Levels:
 
     def encode(self, q: Tensor) -> BinaryWeight | Tensor:
         """The packed form of Q, whose entries are values of this grid; the dense Q where low is "no"."""
-        options = self.options
+        options, grid = self.options, self.grid
         if options.low == "no":
             return q
-        codes = (q / self.code_step).round() + self.code_zero
+        codes = (q / grid.code_step).round() + grid.code_zero
         salient = None
-        if bool(self.salient.any()):
-            step, zero = self.code_step[:, 0].to(getattr(torch, options.scale_dtype)), self.code_zero[:, 0]
-            salient = Salient.from_mask(self.salient, codes.to(torch.int32), step, zero, options.salient_bits)
-        scale, shift = self.scale_of_group, self.shift_of_group
+        if bool(grid.salient.any()):
+            step, zero = grid.code_step[:, 0].to(getattr(torch, options.scale_dtype)), grid.code_zero[:, 0]
+            salient = Salient.from_mask(grid.salient, codes.to(torch.int32), step, zero, options.salient_bits)
+        scale, shift = self.scale, self.shift
         if options.low in _LOW_BITS:
             # A uniform code s·(q − z) is b planes of scale s·2ⁱ/2 and a shift s·((2ᵇ − 1)/2 − z): exact in float32,
             # and but for the rounding of the shift (under 0.1 % of s) in float16.
-            number = ((q / self._divisor(self.scale)).round() + self.zero).clamp(0, self.low_top).to(torch.int32)
+            assert grid.zero is not None
+            divisor = torch.where(grid.scale == 0, 1.0, grid.scale)
+            number = ((q / divisor).round() + grid.zero).clamp(0, grid.low_top).to(torch.int32)
             planes = torch.stack([number >> i & 1 == 1 for i in range(_LOW_BITS[options.low])])
-            zero = self.zero.reshape(q.shape[0], self.groups, -1)[:, :, 0]
-            shift = scale * (self.low_top / 2 - zero)
+            zero = grid.zero.reshape(q.shape[0], self.groups, -1)[:, :, 0]
+            shift = scale * (grid.low_top / 2 - zero)
             scale = torch.stack([scale * 2**i / 2 for i in range(len(planes))])
         else:
-            planes, scale = self._positive(q, self.shift)[None], scale[None]
+            planes, scale = grid.positive(q)[None], scale[None]
         return BinaryWeight.from_signs(
             planes,
             store(scale, options.scale_dtype),
@@ -311,24 +289,20 @@ class _Levels:
         )
 
 
-def salient_mask(scores: Tensor, share: float, groups: int, by_row: bool = False) -> Tensor:
+def salient_mask(scores: Tensor, share: float, groups: int) -> Tensor:
     """True where a score lies above its block's threshold, the entry at rank floor(n·(1 − share)) of its n scores.
 
-    A block is one group of columns of all rows, or of one row (`by_row`); the threshold itself is binarized, as
-    published: for distinct scores n − floor(n·(1 − share)) − 1 entries are salient. A share of 0 leaves none and a
-    share of 1 takes all. `scores` is float [N, K], at least 0; the result is bool [N, K].
+    A block is all rows × one group of columns; the threshold itself is binarized, as published: for distinct scores
+    n − floor(n·(1 − share)) − 1 entries are salient. A share of 0 leaves none and a share of 1 takes all. `scores` is
+    float [N, K], at least 0; the result is bool [N, K].
     """
     if share in (0, 1):
         return torch.full_like(scores, bool(share), dtype=torch.bool)
     blocks = scores.reshape(scores.shape[0], groups, -1)
-    if by_row:
-        size = blocks.shape[-1]
-        # float: 1 − 0.1 is 0.9 and a hair, so a rank can reach n only through rounding.
-        threshold = blocks.kthvalue(min(int(size * (1 - share)), size - 1) + 1, dim=-1).values[:, :, None]
-        return (blocks > threshold).reshape(scores.shape)
     mask = torch.zeros_like(blocks, dtype=torch.bool)
     for group in range(groups):
         block = blocks[:, group]
+        # float: 1 − 0.1 is 0.9 and a hair, so a rank can reach n only through rounding.
         rank = min(int(block.numel() * (1 - share)), block.numel() - 1)
         mask[:, group] = block > block.flatten().kthvalue(rank + 1).values
     return mask.reshape(scores.shape)

@@ -26,8 +26,8 @@ class Group:
 def find_groups(stream: Stream, index: int, layers: dict[str, nn.Module], sequential: bool) -> list[Group]:
     """Layers of block `index` in the order in which they run; those of one input, and all experts, together.
 
-    Found by running the first window: layers are handed the same tensor, or they are not. Without `sequential` it is
-    one group. A layer that this window does not reach (an expert) stands with its kind, or last.
+    Found by running the first batch: layers are handed the same tensor, or they are not. Without `sequential` it is
+    one group. A layer that this batch does not reach (an expert) stands with its kind, or last.
     """
     seen: dict[str, Tensor] = {}
 
@@ -59,7 +59,7 @@ class _Sum:
     cross: Tensor | None = None
     tokens: int = 0
     dense: Tensor | None = field(default=None, repr=False)
-    """The dense model's input in the window at hand."""
+    """The dense model's input in the batch at hand."""
 
 
 class Meter:

@@ -269,16 +269,16 @@ class Walk:
         results: dict[str, _Result] = {}
         for group in find_groups(quantized, index, layers, self.needs.sequential):
             meter = Meter(layers, group, paired)
-            for window in range(len(quantized)):
+            for batch in range(len(quantized)):
                 if dense is not None and meter.pairs:
                     _hold(layers, original)
                     with ExitStack() as stack:
                         meter.listen(stack, dense=True, stop=True)
-                        dense.run(index, window)
+                        dense.run(index, batch)
                     _hold(layers, current)
                 with ExitStack() as stack:
                     meter.listen(stack, dense=False, stop=True)
-                    quantized.run(index, window)
+                    quantized.run(index, batch)
             for name in group.names:
                 options = self.plan.options_of(name)
                 results[name] = _solve(by_name[name], layers[name], options, meter.moments(name), self.tokens)
@@ -299,11 +299,11 @@ class Walk:
         """Sends both streams through a solved block whose layers hold their dense weights."""
         assert self.quantized is not None
         if self.dense is not None:
-            for window in range(len(self.dense)):
-                self.dense.run(index, window, keep=True)
+            for batch in range(len(self.dense)):
+                self.dense.run(index, batch, keep=True)
         _hold(layers, {name: result.dense(self.blocks.device) for name, result in results.items()})
-        for window in range(len(self.quantized)):
-            self.quantized.run(index, window, keep=True)
+        for batch in range(len(self.quantized)):
+            self.quantized.run(index, batch, keep=True)
 
     def _replace(self, target: Target, layer: nn.Module, result: _Result) -> None:
         bias = linear_parts(layer)[1]
