@@ -33,7 +33,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,plot,test,dev]'
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -314,3 +315,108 @@ def test_int8_is_run_and_named(llama_dir, tmp_path, text_file, capsys):
         results[mode] = json.loads((tmp_path / f"{mode}.json").read_text())["results"][0]
     assert [results[mode]["activations"] for mode in results] == ["exact", "int8"]
     assert 0 < abs(results["exact"]["nll"] - results["int8"]["nll"]) < 0.1
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{(7 * i * i + i) % 61}" for i in range(400)))
+    return path
+
+
+def test_a_calibrated_model_by_the_command(llama_dir, text, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the extra plot")
+    code, out, err = run(
+        capsys,
+        f"quantize {llama_dir} -o {tmp_path}/out --method pbllm --salient 0.2 --calibration {text} --samples 4 "
+        f"--sequence-length 32 --seed 3 --rule 'mlp.down_proj: salient=0.5' --keep layers.0 --plot {tmp_path}/p.png "
+        f"--json {tmp_path}/report.json --inputs-on disk",
+    )
+    assert code == 0, err
+    assert "--keep layers.0" in out
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    layers = {d["name"]: d for d in json.loads((tmp_path / "report.json").read_text())["layers"]}
+    assert layers["model.layers.1.mlp.down_proj"]["error"] > 0
+    assert layers["model.layers.1.mlp.down_proj"]["nbytes"] > 0
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["settings"]
+    assert settings["rules"] == [["mlp.down_proj", {"salient": 0.5}]]
+    assert settings["keep"] == ["layers.0"]
+    assert settings["calibration"] == {
+        "calibration": str(text), "samples": 4, "sequence_length": 32, "seed": 3, "text": str(text)
+    }  # fmt: skip
+    assert run(capsys, f"eval {tmp_path}/out --ppl {text} --window 32")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method pbllm", r"pbllm measures the layers' inputs: give --calibration c4\|wikitext2\|ptb\|FILE\|self"),
+        (
+            "--method pb-gptq --calibration nowhere.txt",
+            r"--calibration nowhere\.txt: no such file; the sets with names",
+        ),
+        ("--calibration TEXT", "would not be used"),
+        ("--method pbllm --calibration TEXT --sequence-length 500", "the model has 128 positions"),
+        (
+            "--method pbllm --calibration TEXT --sequence-length 128 --rule mlp",
+            "is not of the form 'pattern: key=value",
+        ),
+        ("--method pbllm --calibration TEXT --rule 'mlp: salient=much'", "salient is 'much' in a --rule; a number"),
+        ("--method pbllm --calibration TEXT --rule 'mlp: gptq=maybe'", "true or false is needed"),
+        (
+            "--method pbllm --calibration TEXT --rule 'mpl.up_proj: salient=0.3'",
+            r"the nearest are model\.layers\.0\.mlp\.up",
+        ),
+        ("--device cuda:7", "cannot be used here"),
+        ("--plot nowhere/p.png", "there is no directory"),
+        ("--max-layer 0", "--max-layer above it"),
+    ],
+)
+def test_bad_calibration_options_are_one_line(flags, message, llama_dir, text, tmp_path, capsys):
+    code, out, err = run(capsys, f"quantize {llama_dir} -o {tmp_path}/out {flags.replace('TEXT', str(text))}")
+    assert code == 1
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert re.search(message, err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("flags", "message"), [("--damping 0", "damping is 0"), ("--block 0", "block is 0")])
+def test_values_outside_of_their_range_are_usage_errors(flags, message, llama_dir, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, f"quantize {llama_dir} -o out --method pbllm {flags}")
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_shorter_than_a_window_is_one_line(llama_dir, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    code, _, err = run(capsys, f"quantize {llama_dir} -o {tmp_path}/out --method pbllm --calibration {tmp_path}/short.txt "
+                               "--sequence-length 64")  # fmt: skip
+    assert code == 1
+    assert "3 tokens are less than one window of 64" in err
+
+
+def test_an_unfinished_run_of_other_settings_is_one_line(llama_dir, text, tmp_path, capsys, monkeypatch):
+    command = (
+        f"quantize {llama_dir} -o {tmp_path}/out --method pbllm --calibration {text} --samples 2 --sequence-length 16"
+    )
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("signbit.hub.stream.save", interrupted)
+        assert run(capsys, command)[0] == 130
+    code, _, err = run(capsys, f"{command} --damping 0.1")
+    assert code == 1
+    assert "config.options.damping: 0.01 there, 0.1 here" in err
+    code, _, err = run(capsys, command)
+    assert code == 0
+    assert "2 of 2 blocks are finished" in err
+
+
+def test_dry_run_of_calibration(llama_dir, capsys):
+    code, out, _ = run(capsys, f"quantize {llama_dir} --method pbllm --calibration c4 --sequence-length 128 --dry-run")
+    assert code == 0
+    assert "inputs of a block: 4.2 MB" in out
+    assert "nothing was written" in out

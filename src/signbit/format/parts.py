@@ -53,7 +53,11 @@ class Parts:
                 if restart:
                     parts._clear()
                 parts._begin(settings)
-            yield parts
+            try:
+                yield parts
+            finally:
+                if not parts._records():  # nothing to go on from
+                    parts.remove()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -68,7 +72,7 @@ class Parts:
     def _begin(self, settings: Mapping[str, Any]) -> None:
         path = self.folder / _SETTINGS
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        if not path.exists():
+        if not path.exists() or not self._records():
             self._clear()
             self._write(path, text)
             return
@@ -78,6 +82,9 @@ class Parts:
                 f"{self.folder} holds an unfinished run with other settings ({'; '.join(differences)}); repeat that "
                 "command to finish it, give another -o, or --restart to throw its blocks away"
             )
+
+    def _records(self) -> list[Path]:
+        return [path for path in self.folder.glob("*.json") if path.name != _SETTINGS]
 
     def _clear(self) -> None:
         for entry in self.folder.iterdir():

@@ -53,8 +53,8 @@ class MethodOptions(ABC):
         return self
 
     def target(self, weight: Tensor, moments: Moments | None = None) -> Tensor:
-        """The matrix float32 [N, K] that the binarized one is to come close to: `weight`, unless a method corrects it."""
-        return weight.float()
+        """The matrix float32 [N, K], row-major, that the binarized one is to come close to: `weight`, unless a method corrects it."""
+        return weight.float().contiguous()
 
     @abstractmethod
     def binarize(self, weight: Tensor, moments: Moments | None = None) -> BinaryWeight | Tensor:

@@ -81,7 +81,8 @@ def columns(part: Tensor, quantized: Tensor, matrix: Tensor, grid: Grid, begin: 
     `matrix` [n, n] is the block of U (sweep) or of H (descent); the block begins at column `begin` of `grid`. All have
     a column stride of 1.
     """
-    assert all(t.stride(1) == 1 for t in (part, quantized, matrix, grid.salient, grid.scale, grid.shift))
+    for tensor in (part, quantized, matrix, grid.salient, grid.scale, grid.shift):
+        assert tensor.shape[1] == 1 or tensor.stride(1) == 1
     rows, width = part.shape
     changes = torch.empty(rows, width, dtype=torch.float32, device=part.device)
     grouped = grid.scale.shape[1] > 1

@@ -104,10 +104,11 @@ class PbllmOptions(MethodOptions):
         check_group(self.group, in_features)
 
     def target(self, weight: Tensor, moments: Moments | None = None) -> Tensor:
+        w = super().target(weight, moments)
         if moments is None or not self.needs.moments:
-            return weight.float()
+            return w
         factor = moments.factor(self.damping)
-        w = torch.where(factor.dead, 0.0, weight.float())  # nothing reaches these columns, so they cost no bits
+        w = torch.where(factor.dead, 0.0, w)  # nothing reaches these columns, so they cost no bits
         return matched_to_dense(w, moments, factor) if self.match == "dense" else w
 
     def binarize(self, weight: Tensor, moments: Moments | None = None) -> BinaryWeight | Tensor:
