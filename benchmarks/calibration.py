@@ -77,6 +77,45 @@ def table(rows: list[dict[str, Any]]) -> None:
         print(f"{key[0]:44} {-key[1]:8.0%} {bits:7.3f} {statistics.median(values):10.5g}  {each}")
 
 
+#: Round to nearest, docs/results.md: true bits and perplexity.
+ROUNDED = ((2.718, 581614), (4.481, 273206), (6.080, 82.69))
+DENSE = 21.63
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Perplexity over true bits, a dot a seed and a line through the medians."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axhline(DENSE, color="0.4", linestyle="--", linewidth=1)
+    axes.text(6.2, DENSE * 0.96, f"full precision, {DENSE}", fontsize=8, color="0.3", ha="right", va="top")
+    axes.plot(*zip(*ROUNDED, strict=True), color="0.6", marker="x", label="rounded to nearest")
+    names = {
+        "pb-gptq": ("C1", "s", "PB-GPTQ as published (--method pb-gptq)"),
+        "pbllm": ("C0", "o", "signbit (--method pbllm)"),
+    }
+    for setting, (color, marker, label) in names.items():
+        points: dict[float, list[float]] = {}
+        for row in rows:
+            if row["setting"] == setting:
+                points.setdefault(row["bits_per_weight"], []).append(row["perplexity"])
+        ordered = sorted(points)
+        axes.plot(ordered, [statistics.median(points[bits]) for bits in ordered], color=color, label=label)
+        for bits in ordered:
+            axes.plot([bits] * len(points[bits]), points[bits], marker, color=color, markersize=4, linestyle="")
+    axes.set_yscale("log")
+    axes.set_ylim(15, 2e6)
+    axes.set_xlabel("true bits per weight of the linear layers (5, 10, 20, 30, 50 % salient at 8 bits)")
+    axes.set_ylabel("perplexity, WikiText-2")
+    axes.set_title("SmolLM2-135M-Instruct, 128 windows of C4; a dot a calibration seed", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9, loc="upper right")
+    figure.savefig(path, dpi=140)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -92,6 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--inputs-on", default="device")
     parser.add_argument("--rows", help="JSON lines, one a finished row")
+    parser.add_argument("--plot", help="also draw the rows, with those of rounding to nearest, to this picture")
     parser.add_argument("--part", default="0/1", help="i/n: measure every n-th row from the i-th")
     args = parser.parse_args()
     done = []
@@ -111,6 +151,8 @@ def main() -> None:
             with Path(args.rows).open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
     table(done)
+    if args.plot:
+        draw(done, args.plot)
 
 
 if __name__ == "__main__":

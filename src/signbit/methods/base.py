@@ -53,7 +53,7 @@ class MethodOptions(ABC):
         return self
 
     def target(self, weight: Tensor, moments: Moments | None = None) -> Tensor:
-        """The matrix float32 [N, K], row-major, that the binarized one is to come close to: `weight`, unless a method corrects it."""
+        """What the binarized matrix is to come close to, float32 [N, K], row-major: `weight`, or a correction of it."""
         return weight.float().contiguous()
 
     @abstractmethod
