@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from signbit.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from signbit.data.calibration import CalibrationOptions, draw_windows
     from signbit.errors import SignbitError
     from signbit.evaluate.perplexity import perplexity
     from signbit.hub.config import SignbitConfig
@@ -31,6 +32,7 @@ __all__ = [
     "METHODS",
     "BinaryLinear",
     "BinaryWeight",
+    "CalibrationOptions",
     "Int8Embedding",
     "Int8Head",
     "PackedLinear",
@@ -38,6 +40,7 @@ __all__ = [
     "SignbitConfig",
     "SignbitError",
     "__version__",
+    "draw_windows",
     "explain",
     "load",
     "perplexity",
@@ -50,12 +53,14 @@ _HOME = {
     "METHODS": "signbit.methods",
     "BinaryLinear": "signbit.linear",
     "BinaryWeight": "signbit.weight",
+    "CalibrationOptions": "signbit.data.calibration",
     "Int8Embedding": "signbit.linear",
     "Int8Head": "signbit.linear",
     "PackedLinear": "signbit.linear",
     "Salient": "signbit.weight",
     "SignbitConfig": "signbit.hub.config",
     "SignbitError": "signbit.errors",
+    "draw_windows": "signbit.data.calibration",
     "explain": "signbit.ops",
     "load": "signbit.hub.load",
     "perplexity": "signbit.evaluate.perplexity",
