@@ -61,7 +61,8 @@ def measure(args: argparse.Namespace, setting: str, share: float, seed: int) -> 
     return {
         "setting": setting, "share": share, "seed": seed, "bits_per_weight": size.bits_per_weight,
         "perplexity": perplexity(twin, args.max_windows), "protocol": args.ppl, "windows": args.max_windows,
-        "quantize_s": solved_s, "evaluate_s": time.perf_counter() - began,
+        "samples": args.samples, "length": args.sequence_length, "quantize_s": solved_s,
+        "evaluate_s": time.perf_counter() - began,
         "mean_error": statistics.mean(d.error or 0 for d in report.binarized),
     }  # fmt: skip
 
@@ -99,9 +100,12 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     }
     for setting, (color, marker, label) in names.items():
         points: dict[float, list[float]] = {}
+        first_bits: dict[float, float] = {}
         for row in rows:
             if row["setting"] == setting:
-                points.setdefault(row["bits_per_weight"], []).append(row["perplexity"])
+                # Salient positions differ a little from seed to seed, and so do the bits: the first seed's stand for all.
+                bits = first_bits.setdefault(row["share"], row["bits_per_weight"])
+                points.setdefault(bits, []).append(row["perplexity"])
         ordered = sorted(points)
         axes.plot(ordered, [statistics.median(points[bits]) for bits in ordered], color=color, label=label)
         for bits in ordered:
@@ -139,6 +143,9 @@ def main() -> None:
         done = [json.loads(line) for line in Path(args.rows).read_text().splitlines()]
     part, parts = map(int, args.part.split("/"))
     wanted = [(s, share, seed) for seed in args.seeds for share in args.shares for s in args.settings]
+    run = {"protocol": args.ppl, "windows": args.max_windows, "samples": args.samples, "length": args.sequence_length}
+    if strange := [row for row in done if {key: row[key] for key in run} != run]:
+        raise SystemExit(f"{args.rows} has rows of another run ({strange[0]}); give another --rows")
     known = {(row["setting"], row["share"], row["seed"]) for row in done}
     for key in [key for key in wanted[part::parts] if key not in known]:
         row = measure(args, *key)

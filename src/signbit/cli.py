@@ -68,7 +68,7 @@ class QuantizeOptions:
     restart: bool = False
     """Throw away what an earlier, unfinished run left in OUT.partial; without it, that run is finished."""
     plot: str | None = None
-    """Also draw each layer's error and true bits to this PNG."""
+    """Also draw each layer's error and true bits to this .png, .svg or .pdf."""
     json: str | None = None
     """Also write what was done to each layer, with its error and bits, to this JSON file."""
     dry_run: bool = False
@@ -265,11 +265,14 @@ def quantize(argv: Sequence[str]) -> None:
         args.method, args.head, args.keep, args.allow_partial, rules, args.min_layer, args.max_layer, args.only,
         args.invert, **options,
     )  # fmt: skip
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise OptionError(f"--json {args.json}: there is no directory {Path(args.json).absolute().parent}")
     if args.dry_run:
         model = load_source(args.model, skeleton=True)
         report = ptq.estimate(model, config.plan, int8_head=config.head == "int8")
         _print_report(report)
-        need = ptq.memory(model, report, config.plan.needs, args.calibration.samples * args.calibration.sequence_length)
+        needs = config.plan.needs(decision.name for decision in report.decisions if not decision.asked)
+        need = ptq.memory(model, report, needs, args.calibration.samples * args.calibration.sequence_length)
         print(f"weights: {_bytes(need.dense_bytes)} now, about {_bytes(need.packed_bytes)} packed")
         print(
             f"memory needed: about {_bytes(need.peak_bytes)}, one block at a time (Python, torch and transformers take "
@@ -277,7 +280,8 @@ def quantize(argv: Sequence[str]) -> None:
         )
         if need.inputs_bytes:
             print(f"of that, inputs of a block: {_bytes(need.inputs_bytes)}; --inputs-on disk keeps them there")
-        print("nothing was written (--dry-run)")
+        _write_json(args.json, {"signbit": VERSION, "layers": [asdict(decision) for decision in report.decisions]})
+        print("no model was written (--dry-run)")
         return
     if args.out is None:
         raise OptionError("where to? give -o OUT, or --dry-run to see what would be done")

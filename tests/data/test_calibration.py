@@ -87,7 +87,7 @@ def test_text_shorter_than_one_window(tokenizer, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text(words(40))
     with pytest.raises(
-        DataError, match=r"short\.txt: 40 tokens are less than one window of 64; give more text or a small"
+        DataError, match=r"short\.txt: 40 tokens are not more than one window of 64; give more text or a small"
     ):
         draw_windows(tokenizer, CalibrationOptions(str(path), 8, 64))
     (tmp_path / "c4").mkdir()
@@ -146,3 +146,20 @@ def test_what_the_model_writes(llama):
 def test_the_published_data_are_there(shared, tokenizer):
     check_calibration(CalibrationOptions("c4"), shared / "data")
     check_calibration(CalibrationOptions("wikitext2"), shared / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("null.jsonl", b'{"text": null}\n'), ("number.jsonl", b'{"text": 3}\n'), ("broken.jsonl.gz", b"no gzip")],
+)
+def test_files_that_hold_no_text_are_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        check_calibration(CalibrationOptions(str(tmp_path / name)))
+
+
+def test_local_files_need_no_datasets(documents, tokenizer, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert draw_windows(tokenizer, CalibrationOptions(str(documents[0]), 3, 48))[0].shape == (3, 48)

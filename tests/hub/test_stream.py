@@ -91,13 +91,15 @@ def deep_dir(tokenizer, tmp_path):
     return str(out)
 
 
-@pytest.mark.parametrize("method", ["absmean", "pbllm", "pb-gptq"])
-@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize(
+    ("method", "when"),
+    [("pbllm", "before"), ("pbllm", "between"), ("pbllm", "after"), ("absmean", "between"), ("pb-gptq", "after")],
+)
 def test_stopped_at_any_write_it_goes_on_to_the_same_bytes(method, when, deep_dir, calibration, tmp_path, monkeypatch):
     chosen = None if method == "absmean" else calibration
     whole, report = quantize(deep_dir, tmp_path / "whole", signbit.SignbitConfig(method), chosen)
     put, write = packed_format.Parts.put, packed_format.Parts._write
-    for place in range(7):
+    for place in (0, 1, 3, 5, 6):  # the windows, blocks, the last block, the mark that all is finished
         count = 0
 
         def counted(original, *arguments):
@@ -377,3 +379,82 @@ def test_a_full_disk_keeps_the_finished_blocks(deep_dir, calibration, tmp_path, 
     with pytest.raises(FormatError, match=r"No space left on device.*the finished blocks in it stay"):
         quantize(deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration)
     assert len(list((tmp_path / "out.partial").glob("block-*.json"))) == 2
+
+
+def test_what_stands_in_the_way_of_the_unfinished_run_is_not_touched(llama_dir, calibration, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.txt").write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(FormatError, match=r"holds precious\.txt, so it is no unfinished run"):
+            quantize(llama_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration, restart=restart)
+    assert (tmp_path / "out.partial" / "precious.txt").read_text() == "mine"
+    source = Path(llama_dir).rename(tmp_path / "m.partial")
+    before = files(source)
+    with pytest.raises(OptionError, match="is the source model"):
+        quantize(str(source), tmp_path / "m", signbit.SignbitConfig())
+    assert files(source) == before
+
+
+def test_one_config_serves_again(unfinished, deep_dir, calibration, tmp_path):
+    config = signbit.SignbitConfig("pbllm")
+    quantize(deep_dir, unfinished, config, calibration)
+    quantize(deep_dir, tmp_path / "second", config, calibration)
+    assert files(unfinished) == files(tmp_path / "second")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_dense_layer_resumes_to_the_same_bytes(family, tokenizer, calibration, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    source = tmp_path / "source"
+    FAMILIES[family]().to(torch.bfloat16).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    settings = {"low": "no", "salient": 0.5, "allow_partial": True}
+    whole, _ = quantize(str(source), tmp_path / "whole", signbit.SignbitConfig("pbllm", **settings), calibration)
+    put = packed_format.Parts.put
+
+    def one(self, name, tensors, record):
+        put(self, name, tensors, record)
+        if name == stream.StreamedBlocks.part(0):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packed_format.Parts, "put", one)
+        with pytest.raises(Killed):
+            quantize(str(source), tmp_path / "out", signbit.SignbitConfig("pbllm", **settings), calibration)
+    quantize(str(source), tmp_path / "out", signbit.SignbitConfig("pbllm", **settings), calibration)
+    assert files(tmp_path / "out")["model.safetensors"] == files(whole)["model.safetensors"]
+
+
+def test_its_own_text_of_too_many_positions(llama_dir, tmp_path):
+    options = CalibrationOptions("self", samples=1, sequence_length=200)
+    with pytest.raises(OptionError, match="the model has 128 positions"):
+        quantize(llama_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), options)
+
+
+def test_a_damaged_record_is_named(unfinished, deep_dir, calibration):
+    partial = unfinished.with_name("out.partial")
+    (partial / "signbit-run.json").write_text("{")
+    with pytest.raises(FormatError, match=r"signbit-run\.json is damaged .* --restart"):
+        quantize(deep_dir, unfinished, signbit.SignbitConfig("pbllm"), calibration)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("where", ["device", "cpu", "disk"])
+def test_on_a_gpu_with_inputs_anywhere_and_resumed(where, deep_dir, calibration, tmp_path, monkeypatch):
+    whole, _ = quantize(deep_dir, tmp_path / "whole", signbit.SignbitConfig("pbllm"), calibration, device="cuda")
+    put = packed_format.Parts.put
+
+    def two(self, name, tensors, record):
+        put(self, name, tensors, record)
+        if name == stream.StreamedBlocks.part(1):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packed_format.Parts, "put", two)
+        with pytest.raises(Killed):
+            quantize(
+                deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration, device="cuda", inputs_on=where
+            )
+    quantize(deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration, device="cuda", inputs_on=where)
+    assert files(tmp_path / "out") == files(whole)

@@ -162,7 +162,7 @@ def test_calibration_beats_rounding_in_what_the_model_says(ids):
         "default": PbllmOptions(salient=0.3),
     }.items():
         quantized = copy.deepcopy(model)
-        quantize_(quantized, Plan(options), text)
+        quantize_(quantized, Plan(options), text if options.needs.moments else None)
         errors[label] = (quantized(text).logits - want).square().mean().item()
     assert errors["default"] < errors["published"] < errors["rounded"]
 
@@ -199,3 +199,72 @@ def test_linears_that_are_no_target_stay():
     report = quantize_(model, Plan(PbllmOptions(), Selection(only=("mlp",))), windows())
     assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
     assert {d.why for d in report.decisions if "self_attn" in d.name} == {"not selected"}
+
+
+def test_rules_that_match_one_layer_are_taken_together():
+    """What must be measured follows from a layer's merged options, not from each rule alone."""
+    plan = Plan(
+        PbllmOptions(gptq=False, saliency="magnitude", match="prefix"),
+        rules={"mlp": {"gptq": True}, "down_proj": {"match": "dense"}},
+    )
+    assert not plan.needs(["a.self_attn.q_proj"]).moments
+    assert plan.needs(["a.mlp.up_proj"]).moments
+    assert not plan.needs(["a.mlp.up_proj"]).cross
+    assert plan.needs(["a.mlp.down_proj"]).cross
+
+
+def test_dropout_is_off_while_inputs_are_measured():
+    outputs = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        model = FAMILIES["opt"]()
+        model.config.dropout = 0.5
+        for module in model.modules():
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.5
+        model.train()
+        torch.manual_seed(seed)
+        quantize_(model, Plan(PbllmOptions()), windows())
+        assert model.training
+        outputs.append(model.eval()(windows()).logits)
+    assert torch.equal(*outputs)
+
+
+def test_a_linear_whose_input_is_named():
+    model = FAMILIES["llama"]()
+    mlp = type(model.model.layers[0].mlp)
+
+    class Named(mlp):
+        def forward(self, x):
+            return self.down_proj(input=self.act_fn(self.gate_proj(input=x)) * self.up_proj(input=x))
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Named
+    report = quantize_(model, Plan(PbllmOptions()), windows())
+    assert report.share > 0.9
+
+
+def test_a_failed_cholesky_names_the_layer():
+    model = FAMILIES["llama"]()
+    from signbit.ptq import moments as measured
+
+    def indefinite(self, name):
+        found = real(self, name)
+        found.hessian[0, 0] = -100 if name.endswith("1.mlp.down_proj") else found.hessian[0, 0]
+        return found
+
+    real = measured.Meter.moments
+    try:
+        measured.Meter.moments = indefinite
+        with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.down_proj: the Hessian .* use --damping 0\.1"):
+            quantize_(model, Plan(PbllmOptions()), windows())
+    finally:
+        measured.Meter.moments = real
+
+
+def test_windows_that_are_not_needed_are_refused():
+    from signbit.errors import OptionError
+    from signbit.methods import AbsmeanOptions
+
+    with pytest.raises(OptionError, match="measures no inputs"):
+        quantize_(FAMILIES["llama"](), Plan(AbsmeanOptions()), windows())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from signbit.data.sources import SETS, Text, TextSet, read_set, read_text_file
 from signbit.data.tokens import document_windows, running_windows, tokens
-from signbit.errors import DataError, OptionError
+from signbit.errors import DataError, OptionError, WeightError
 
 #: Called with (windows made, windows in all).
 Progress = Callable[[int, int], None]
@@ -25,7 +25,8 @@ class CalibrationOptions:
     """What the inputs of the layers are measured on."""
 
     calibration: str | None = None
-    """Text: c4, wikitext2 or ptb (their train parts), a .txt, .jsonl or .parquet file, or self (the model writes it)."""
+    """Text: c4, wikitext2 or ptb (their train parts), a .txt, .jsonl or .parquet file, or self (the model writes it, for
+    which it is loaded as a whole)."""
     samples: int = 128
     """Windows."""
     sequence_length: int = 2048
@@ -50,6 +51,14 @@ def check_calibration(options: CalibrationOptions, data_dir: str | Path | None =
             read_set(SETS[name], data_dir)
     else:
         _read_file(name)
+
+
+def check_length(options: CalibrationOptions, limit: int | None) -> None:
+    """Raises OptionError for windows longer than `limit`, the positions of the model."""
+    if limit is not None and options.sequence_length > limit:
+        raise OptionError(
+            f"--sequence-length is {options.sequence_length}, but the model has {limit} positions; give at most {limit}"
+        )
 
 
 def _read_file(name: str) -> Text:
@@ -77,8 +86,7 @@ def draw_windows(
     """
     name, length = options.calibration, options.sequence_length
     assert name is not None
-    if limit is not None and length > limit:
-        raise OptionError(f"--sequence-length is {length}, but the model has {limit} positions; give at most {limit}")
+    check_length(options, limit)
     chosen: TextSet | None = SETS.get(name)
     text = _read_file(name) if chosen is None else read_set(chosen, data_dir)
     generator = random.Random(options.seed)
@@ -128,6 +136,8 @@ def _write(model: Any, ids: Tensor, greedy: int, length: int, generator: torch.G
     while ids.shape[1] < length:
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache, logits = output.past_key_values, output.logits[:, -1].float()
+        if not bool(logits.isfinite().all()):
+            raise WeightError("the model's logits are NaN or infinite, so that it cannot write text; repair the model")
         if ids.shape[1] <= greedy:
             step = logits.argmax(dim=-1, keepdim=True)
         else:

@@ -66,7 +66,7 @@ SETS: dict[str, TextSet] = {
         ),
         TextSet(
             "wikitext2",
-            "WikiText-2 train, rows joined by spaces",
+            "WikiText-2 train, rows joined by spaces (raw; of local files also the tokenized form, whose rare words are <unk>)",
             36718,
             " ",
             ("wikitext2/wiki.train.raw", "wiki.train.raw", "wikitext2/wiki.train.tokens", "wiki.train.tokens"),
@@ -154,9 +154,12 @@ def _rows(path: Path, rows: str = "whole") -> Iterator[str]:
         with opener(path, "rt", encoding="utf-8") as stream:
             for number, line in enumerate(stream, start=1):
                 try:
-                    yield json.loads(line)["text"]
+                    text = json.loads(line)["text"]
+                    if not isinstance(text, str):
+                        raise TypeError(f"text is {text!r}")
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"{path}, line {number}: not a JSON object with a text ({error})") from error
+                yield text
         return
     text = path.read_text(encoding="utf-8")
     if rows == "lines":
@@ -180,7 +183,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
             if "text" not in file.schema_arrow.names:
                 raise DataError(f"{path} has no column text; it has {', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(columns=["text"]):
-                yield from (row or "" for row in batch.column(0).to_pylist())
+                yield from (str(row or "") for row in batch.column(0).to_pylist())
     except ArrowException as error:
         raise DataError(f"{path} is no parquet file that can be read ({str(error).splitlines()[0]})") from error
 
@@ -233,7 +236,10 @@ def read_set(wanted: TextSet, data_dir: str | Path | None = None) -> Text:
         rows, source = iter([text]), "shipped with signbit"
     else:
         rows, source = _hub_rows(wanted)
-    documents = tuple(islice(rows, wanted.documents))
+    try:
+        documents = tuple(islice(rows, wanted.documents))
+    except (OSError, EOFError) as error:
+        raise DataError(f"{source} cannot be read ({error})") from error
     if not any(document.strip() for document in documents):
         raise DataError(f"{source} holds no text")
     return Text(documents, source)
@@ -252,6 +258,8 @@ def read_text_file(path: str | Path) -> Text:
         documents = tuple(_rows(path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
     if not any(document.strip() for document in documents):
         raise DataError(f"{path} holds no text")
     return Text(documents, str(path))

@@ -51,6 +51,6 @@ def document_windows(
 def running_windows(ids: Tensor, count: int, length: int, generator: random.Random) -> Tensor:
     """`count` windows int64 [count, length] at random offsets of one text; raises DataError if it is too short."""
     if len(ids) <= length:
-        raise DataError(f"{len(ids)} tokens are less than one window of {length}")
+        raise DataError(f"{len(ids)} tokens are not more than one window of {length}")
     starts = [generator.randint(0, len(ids) - length - 1) for _ in range(count)]
     return torch.stack([ids[start : start + length] for start in starts])

@@ -18,7 +18,8 @@ from torch import Tensor
 from signbit.errors import FormatError
 from signbit.format.reader import StoredTensors, TensorHeader, read_headers
 
-_SETTINGS = "settings.json"
+#: The file that tells an unfinished run from any other directory.
+_SETTINGS = "signbit-run.json"
 
 
 class Parts:
@@ -36,12 +37,13 @@ class Parts:
     def opened(cls, folder: Path, settings: Mapping[str, Any], restart: bool = False) -> Iterator[Parts]:
         """The parts of a run with `settings` (JSON values), those of an earlier run that had the same included.
 
-        Raises FormatError if the directory is another run's (the message names the settings that differ), is in use,
-        or cannot be written; `restart` deletes what an earlier run left.
+        Raises FormatError if the directory is another run's (the message names the settings that differ), no run's at
+        all, in use, or cannot be written; `restart` deletes what an earlier run left.
         """
         parts = cls(folder)
         with contextlib.ExitStack() as stack:
             with parts._explained():
+                parts._check_own()
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context((folder / "lock").open("w"))
                 try:
@@ -69,6 +71,17 @@ class Parts:
                 "repeat the command"
             ) from error
 
+    def _check_own(self) -> None:
+        """Raises FormatError if the directory is something else's: what stands in it is never signbit's to delete."""
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise FormatError(f"{self.folder} is a file or a link; finished blocks are kept there: give another -o")
+        names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
+        if names - {"lock"} and _SETTINGS not in names:
+            raise FormatError(
+                f"{self.folder} holds {min(names - {'lock'})}, so it is no unfinished run of signbit; finished blocks are "
+                "kept there: give another -o"
+            )
+
     def _begin(self, settings: Mapping[str, Any]) -> None:
         path = self.folder / _SETTINGS
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -76,7 +89,10 @@ class Parts:
             self._clear()
             self._write(path, text)
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FormatError(f"{path} is damaged ({error}); begin anew with --restart") from error
         if differences := _differences(before, json.loads(text)):
             raise FormatError(
                 f"{self.folder} holds an unfinished run with other settings ({'; '.join(differences)}); repeat that "
@@ -105,7 +121,10 @@ class Parts:
     def record(self, name: str) -> Any:
         """The record of a finished part (JSON values), or None."""
         path = self.folder / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise FormatError(f"{path} is damaged ({error}); begin anew with --restart") from error
 
     def put(self, name: str, tensors: Mapping[str, Tensor], record: Any) -> None:
         """Writes a part."""

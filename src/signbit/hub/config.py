@@ -57,8 +57,6 @@ class SignbitConfig(QuantizationConfigMixin):
         by_pattern = {pattern: dict(values) for pattern, values in pairs}
         self.plan = ptq.Plan(make_options(METHODS, method, options), selection, by_pattern, allow_partial)
         check_rules(self.plan.options, by_pattern)
-        #: Where calibration text came from, for config.json; set by whoever calibrates.
-        self.calibration: dict[str, Any] | None = None
         self.description: Description | None = None
 
     @classmethod
@@ -90,8 +88,6 @@ class SignbitConfig(QuantizationConfigMixin):
         if self.plan.rules:
             # A list, because their order counts and JSON writers sort keys.
             settings["rules"] = [[pattern, dict(values)] for pattern, values in self.plan.rules.items()]
-        if self.calibration is not None:
-            settings["calibration"] = self.calibration
         return settings
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +95,6 @@ class SignbitConfig(QuantizationConfigMixin):
         if self.description is not None:
             return self.description.to_dict()
         settings = self.settings()
-        settings.pop("calibration", None)
         return {"quant_method": QUANT_METHOD, **settings.pop("options"), **settings}
 
     def __eq__(self, other: object) -> bool:

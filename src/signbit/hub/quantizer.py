@@ -55,18 +55,23 @@ def quantize_(
     """
     if config.head == "int8":
         ptq.plan_head(model)  # refuses before anything is changed
-    if windows is not None and config.calibration is None:
-        config.calibration = {"samples": windows.shape[0], "sequence_length": windows.shape[1]}
     report = ptq.quantize_(model, config.plan, windows, progress)
     if config.head == "int8":
         report = ptq.with_head(report, ptq.quantize_head_(model))
-    finish_(model, config, report)
+    calibration = None if windows is None else {"samples": windows.shape[0], "sequence_length": windows.shape[1]}
+    finish_(model, config, report, calibration)
     return report
 
 
-def finish_(model: nn.Module, config: SignbitConfig, report: Report) -> None:
-    """Makes a model whose layers are packed one that transformers takes for a quantized one."""
-    config.description = describe(model, {**config.settings(), "signbit_version": VERSION})
+def finish_(model: nn.Module, config: SignbitConfig, report: Report, calibration: dict[str, Any] | None = None) -> None:
+    """Makes a model whose layers are packed one that transformers takes for a quantized one.
+
+    `calibration` says in config.json what the inputs were measured on.
+    """
+    settings = {**config.settings(), "signbit_version": VERSION}
+    if calibration is not None:
+        settings["calibration"] = calibration
+    config.description = describe(model, settings)
     quantizer = SignbitHfQuantizer(config, pre_quantized=True)
     quantizer.report = report
     model.hf_quantizer = quantizer

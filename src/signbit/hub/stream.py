@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import shutil
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from signbit import format as packed_format
 from signbit import ptq
 from signbit.data import CalibrationOptions, check_calibration, draw_windows, self_generated
-from signbit.data.calibration import SELF
+from signbit.data.calibration import SELF, check_length
 from signbit.errors import OptionError, SignbitError
 from signbit.hub.config import SignbitConfig
 from signbit.hub.load import load_any, load_source, load_streamed, load_tokenizer, torch_device
@@ -100,7 +101,7 @@ class StreamedBlocks(ptq.Blocks):
                 spec = LayerSpec.from_dict(record["layers"][decision.name])
                 results[decision.name] = _fill(spec, own).weights[0]
             else:
-                results[decision.name] = own["weight"]
+                results[decision.name] = own["weight"]  # as stored: a Conv1D's is [K, N]
         return decisions, results
 
     def skip(self, index: int) -> None:
@@ -174,34 +175,36 @@ def quantize(
     target = packed_format.check_target(out, overwrite)
     _check_apart(source, target)
     torch_device(device)
-    if config.plan.needs.moments:
+    skeleton = load_source(source, skeleton=True)
+    split_experts_(skeleton, config.plan.selection)
+    structure = ptq.find_targets(skeleton, config.plan)
+    needs = config.plan.needs(target.name for target in structure.targets)
+    if needs.moments:
         if chosen.calibration is None:
             raise OptionError(
                 f"{config.method} measures the layers' inputs: give --calibration c4|wikitext2|ptb|FILE|self "
                 "(or options that need none: for pbllm --no-gptq --saliency magnitude)"
             )
-        check_calibration(chosen, data_dir)
+        if packed_format.Parts(folder).record("calibration") is None:
+            check_calibration(chosen, data_dir)
     elif chosen.calibration is not None:
         raise OptionError(
             f"--calibration {chosen.calibration} would not be used: {config.method} with these options measures no "
             "inputs; leave it out"
         )
-    skeleton = load_source(source, skeleton=True)
-    split_experts_(skeleton, config.plan.selection)
-    structure = ptq.find_targets(skeleton, config.plan)
     if config.head == "int8":
         ptq.plan_head(skeleton)
     tokenizer = None
     try:
         tokenizer = load_tokenizer(source)
     except SignbitError as error:
-        if config.plan.needs.moments and chosen.calibration != SELF:
+        if needs.moments and chosen.calibration != SELF:
             raise
         note(f"{error}; {out} will have no tokenizer")
     settings = {
         "source": source_digests(source),
         "config": config.settings(),
-        "calibration": asdict(chosen) if config.plan.needs.moments else None,
+        "calibration": asdict(chosen) if needs.moments else None,
         "device": torch.device(device).type,
         "signbit": VERSION,
     }
@@ -209,10 +212,14 @@ def quantize(
         parts = stack.enter_context(packed_format.Parts.opened(folder, settings, restart))
         if done := sum(parts.record(StreamedBlocks.part(i)) is not None for i in range(structure.block_count)):
             note(f"going on in {folder}: {done} of {structure.block_count} blocks are finished")
-        windows = None
-        if config.plan.needs.moments:
-            windows, origin = _windows(source, parts, tokenizer, chosen, data_dir, device, skeleton.config, progress)
-            config.calibration = {**asdict(chosen), "text": origin}
+        windows = kept = None
+        if needs.moments:
+            windows, origin = _windows(
+                source, parts, tokenizer, chosen, data_dir, device, skeleton.config, progress, note
+            )
+            kept = {**asdict(chosen), "text": origin}
+        for stale in folder.glob("offload-*"):
+            shutil.rmtree(stale, ignore_errors=True)
         offload = stack.enter_context(TemporaryDirectory(dir=folder, prefix="offload-"))
         model, weights = load_streamed(source, structure.blocks, offload, device)
         for name, tensor in _outside(model, structure.blocks).items():
@@ -227,7 +234,7 @@ def quantize(
         report = Report((*decisions, *structure.kept), structure.block_parameters)
         if config.head == "int8":
             report = ptq.with_head(report, ptq.quantize_head_(model))
-        finish_(model, config, report)
+        finish_(model, config, report, kept)
         tensors = ChainMap(
             _outside(model, structure.blocks),
             parts.stored([blocks.part(i) for i in range(structure.block_count)]),  # type: ignore[arg-type]
@@ -249,8 +256,12 @@ def _is_finished(out: Path, folder: Path) -> bool:
 
 def _check_apart(source: str, target: Path) -> None:
     resolved = Path(source).resolve()
-    if target.resolve() == resolved or target.resolve() in resolved.parents:
-        raise OptionError(f"OUT is the source model {source} itself, or holds it; give another directory")
+    if any(
+        own.resolve() in (resolved, *resolved.parents) for own in (target, target.with_name(f"{target.name}.partial"))
+    ):
+        raise OptionError(
+            f"OUT (or OUT.partial) is the source model {source} itself, or holds it; give another directory"
+        )
 
 
 def _outside(model: nn.Module, blocks: str) -> dict[str, Tensor]:
@@ -271,10 +282,13 @@ def _windows(
     device: str,
     config: Any,
     progress: Callable[[str, int, int, str], None] | None,
+    note: Note,
 ) -> tuple[Tensor, str]:
     """Calibration windows and where they are from; kept with the parts, so that a resumed run has the same."""
     record = parts.record("calibration")
     if record is None:
+        limit = getattr(config, "max_position_embeddings", None)
+        check_length(chosen, limit)
         if chosen.calibration == SELF:
 
             def written(done: int, total: int) -> None:
@@ -284,8 +298,8 @@ def _windows(
             model = load_any(source, "auto", device)
             windows, origin = self_generated(model, chosen, progress=written), "written by the model itself"
         else:
-            limit = getattr(config, "max_position_embeddings", None)
             windows, origin = draw_windows(tokenizer, chosen, data_dir, limit)
         parts.put("calibration", {"windows": windows}, origin)
         return windows, origin
+    note(f"the calibration windows are those that were drawn before, from {record}")
     return parts.tensors("calibration")["windows"], record

@@ -1,10 +1,12 @@
 """The column loops of GPTQ's sweep and of coordinate descent on CUDA: one launch a block instead of a dozen a column.
 
 Rows do not depend on each other, so a program takes a few rows through all columns of a block. What it computes is
-`gptq._sweep_columns` and `gptq._descend_columns` with `pbllm._Levels.nearest`, in the same order.
+`gptq._columns_by_torch` with `Grid.nearest`, in the same order.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -90,11 +92,13 @@ def columns(part: Tensor, quantized: Tensor, matrix: Tensor, grid: Grid, begin: 
     zero = grid.zero if grid.zero is not None else grid.scale
     zero = zero[:, begin:] if zero.shape[1] > 1 else zero
     salient = grid.salient.view(torch.uint8)[:, begin:]
-    _columns[(triton.cdiv(rows, _ROWS),)](
-        part, quantized, quantized, changes, matrix, salient, grid.code_step, grid.code_zero, scale, shift, zero,
-        rows, part.stride(0), quantized.stride(0), quantized.stride(0), matrix.stride(0), salient.stride(0),
-        scale.stride(0), int(grouped), zero.stride(0), int(zero.shape[1] > 1), float(grid.code_top),
-        float(grid.low_top), width=width, KIND=_KINDS[grid.kind], DESCEND=descend, ROWS=_ROWS,
-        WIDTH=triton.next_power_of_2(width), num_warps=1,
-    )  # fmt: skip
+    guard = torch.cuda.device(part.device) if part.is_cuda else nullcontext()  # Triton launches on the current device
+    with guard:
+        _columns[(triton.cdiv(rows, _ROWS),)](
+            part, quantized, quantized, changes, matrix, salient, grid.code_step, grid.code_zero, scale, shift, zero,
+            rows, part.stride(0), quantized.stride(0), quantized.stride(0), matrix.stride(0), salient.stride(0),
+            scale.stride(0), int(grouped), zero.stride(0), int(zero.shape[1] > 1), float(grid.code_top),
+            float(grid.low_top), width=width, KIND=_KINDS[grid.kind], DESCEND=descend, ROWS=_ROWS,
+            WIDTH=triton.next_power_of_2(width), num_warps=1,
+        )  # fmt: skip
     return changes

@@ -151,6 +151,8 @@ class PbGptqOptions(PbllmOptions):
     """PB-GPTQ as PB-LLM's authors published it: one sweep, scales diluted by the salient entries, inputs a block.
 
     Source: PB-LLM, arXiv 2310.00034, and its code (gptq_pb/). All options of pbllm, with the published defaults.
+    Differs from the published code: scales are rounded to float16, as they are stored; each row of 2bit and 4bit codes
+    has its own zero point; any block size fits any group.
     """
 
     saliency: Saliency = "hessian"

@@ -54,7 +54,7 @@ def check_rules(options: MethodOptions, rules: Rules) -> None:
             if whole := [key for key in values if key in _WHOLE]:
                 raise OptionError(f"{whole[0]} holds for the whole model; give it outside of rules")
             replace(options, **values)
-        except OptionError as error:
+        except (OptionError, TypeError) as error:
             raise OptionError(f"--rule '{pattern}': {error}") from error
 
 

@@ -1,7 +1,7 @@
 """Finding the repeated blocks and linear layers of any decoder, and putting other layers in their place."""
 
 from signbit.models.experts import Experts, is_fused
-from signbit.models.replace import linear_parts, set_module, set_weight
+from signbit.models.replace import as_rows, linear_parts, set_module, set_weight
 from signbit.models.report import Decision, Report, bits_range, kind_of
 from signbit.models.structure import (
     Selection,
@@ -20,6 +20,7 @@ __all__ = [
     "Selection",
     "Structure",
     "Target",
+    "as_rows",
     "bits_range",
     "find_structure",
     "is_fused",

@@ -18,7 +18,12 @@ def linear_parts(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [N, K] and bias of an nn.Linear or a Conv1D, whose stored weight is [K, N]."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
-    return (weight.T if isinstance(module, Conv1D) else weight), bias  # type: ignore[return-value]
+    return as_rows(module, weight), bias  # type: ignore[return-value]
+
+
+def as_rows(module: nn.Module, stored: Tensor) -> Tensor:
+    """The matrix `stored` of an nn.Linear or a Conv1D as [N, K]."""
+    return stored.T if isinstance(module, Conv1D) else stored
 
 
 def set_weight(module: nn.Module, weight: Tensor) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from signbit.errors import WeightError
+from signbit.errors import StructureError, WeightError
 from signbit.methods import Moments
 from signbit.models import kind_of
 from signbit.ptq.streams import Stop, Stream
@@ -32,10 +32,10 @@ def find_groups(stream: Stream, index: int, layers: dict[str, nn.Module], sequen
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> None:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, args[0])
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            seen.setdefault(name, _input(args, named))
 
-        stack.callback(layers[name].register_forward_pre_hook(hook).remove)
+        stack.callback(layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     with ExitStack() as stack:
         for name in layers:
@@ -51,6 +51,11 @@ def find_groups(stream: Stream, index: int, layers: dict[str, nn.Module], sequen
         key = kind_of(inputs[name]) if sequential else ""
         keys.setdefault(key, []).append(name)
     return [Group(tuple(names), {name: inputs[name] for name in names}) for names in keys.values()]
+
+
+def _input(args: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    """The one input of a linear layer, however the model hands it over."""
+    return args[0] if args else next(iter(named.values()))
 
 
 @dataclass
@@ -83,13 +88,14 @@ class Meter:
         left = set(wanted)
 
         def hook_of(name: str) -> None:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                self._add(name, args[0].reshape(-1, args[0].shape[-1]), dense)
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+                x = _input(args, named)
+                self._add(name, x.reshape(-1, x.shape[-1]), dense)
                 left.discard(name)
                 if stop and not left:
                     raise Stop
 
-            stack.callback(self._layers[name].register_forward_pre_hook(hook).remove)
+            stack.callback(self._layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
 
         for name in wanted:
             hook_of(name)
@@ -107,7 +113,11 @@ class Meter:
         total.hessian.addmm_(x.T, x)
         total.tokens += len(x)
         if total.cross is not None:
-            assert total.dense is not None
+            if total.dense is None or total.dense.shape != x.shape:
+                raise StructureError(
+                    f"{name} is not reached by the same tokens in the dense and in the quantized model, so that it cannot "
+                    f"be matched; give --rule '{name}: match=prefix'"
+                )
             total.cross.addmm_((total.dense - x).T, x)
             total.dense = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from signbit.models import (
     Selection,
     Structure,
     Target,
+    as_rows,
     find_structure,
     linear_parts,
     matches,
@@ -54,13 +55,10 @@ class Plan:
     rules: Rules = field(default_factory=dict)
     allow_partial: bool = False
 
-    @property
-    def needs(self) -> Needs:
-        """What calibration must measure, for the hungriest of the layers."""
-        all_needs = [self.options.needs, *(with_rules(self.options, [values]).needs for values in self.rules.values())]
-        return Needs(
-            any(n.moments for n in all_needs), any(n.cross for n in all_needs), any(n.sequential for n in all_needs)
-        )
+    def needs(self, names: Iterable[str]) -> Needs:
+        """What calibration must measure for the layers `names`, the hungriest of them deciding."""
+        layers = [self.options_of(name).needs for name in names]
+        return Needs(any(n.moments for n in layers), any(n.cross for n in layers), any(n.sequential for n in layers))
 
     def options_of(self, name: str) -> MethodOptions:
         """The options of the layer `name`."""
@@ -118,9 +116,7 @@ class Blocks:
     def outside(self) -> Iterator[None]:
         """While open, what stands outside of the blocks computes in float32."""
         parts = [
-            part
-            for name, part in self.model.named_modules()
-            if not name.startswith(self.structure.blocks) and not self.structure.blocks.startswith(name)
+            part for name, part in self.model.named_modules() if not f"{name}.".startswith(f"{self.structure.blocks}.")
         ]
         with ExitStack() as stack:
             for part in parts:
@@ -155,8 +151,10 @@ class _Result:
         return value.to_dense().to(device) if isinstance(value, BinaryWeight) else value.to(device)
 
 
-def _solve(target: Target, layer: nn.Module, options: MethodOptions, moments: Moments | None, tokens: int) -> _Result:
-    """Binarizes one layer, whose weight is as stored or float32."""
+def _solve(
+    target: Target, layer: nn.Module, options: MethodOptions, moments: Moments | None, tokens: int, dtype: torch.dtype
+) -> _Result:
+    """Binarizes one layer, whose weight is as stored or float32; a dense result is rounded to the stored `dtype`."""
     weight, bias = linear_parts(layer)
     parameters = weight.numel() + (0 if bias is None else bias.numel())
     why = LINEAR
@@ -167,6 +165,8 @@ def _solve(target: Target, layer: nn.Module, options: MethodOptions, moments: Mo
         why = f"too few calibration tokens ({seen} of at least {needed}): rounded to nearest"
     try:
         value = options.binarize(weight, moments)
+        if isinstance(value, Tensor):
+            value = value.to(dtype).float()  # what is saved is what the blocks behind it see
         dense = value.to_dense() if isinstance(value, BinaryWeight) else value.float()
         error = output_error(options.target(weight, moments), dense, None if moments is None else moments.hessian)
     except SignbitError as problem:
@@ -189,7 +189,7 @@ class Walk:
         folder: Path | None = None,
     ) -> None:
         self.blocks, self.plan, self.progress = blocks, blocks.plan, progress
-        self.done, self.needs = 0, blocks.plan.needs
+        self.done, self.needs = 0, blocks.plan.needs(target.name for target in blocks.structure.targets)
         self.tokens = 0 if windows is None else windows.numel()
         self.quantized = self.dense = None
         if self.needs.moments:
@@ -210,7 +210,10 @@ class Walk:
     def run(self) -> list[Decision]:
         """All decisions on layers, in order."""
         decisions: list[Decision] = []
+        model = self.blocks.model
         with ExitStack() as stack:
+            stack.callback(model.train, model.training)
+            model.eval()  # dropout would be measured
             if self.quantized is not None:
                 stack.enter_context(self.blocks.outside())
             for index in range(self.blocks.structure.block_count):
@@ -231,17 +234,17 @@ class Walk:
         layers = {target.name: blocks.model.get_submodule(target.name) for target in targets}
         results: dict[str, _Result] = {}
         try:
+            self.dtypes = {name: linear_parts(layer)[0].dtype for name, layer in layers.items()}
             if self.quantized is None:
                 for target in targets:
-                    layer = layers[target.name]
-                    results[target.name] = _solve(target, layer, self.plan.options_of(target.name), None, 0)
+                    layer, name = layers[target.name], target.name
+                    results[name] = _solve(target, layer, self.plan.options_of(name), None, 0, self.dtypes[name])
                     self._replace(target, layer, results[target.name])
                     self._step(1, target.name)
             else:
                 with _in_float32(block):
                     if before is not None:
-                        values = before[1]
-                        results = {d.name: _Result(values[d.name], d) for d in before[0] if d.name in values}
+                        results = {d.name: _Result(_as_rows(layers[d.name], before[1][d.name]), d) for d in before[0]}
                         self._step(len(targets), f"block {index}, from before")
                     else:
                         results = self._calibrate(index, targets, layers)
@@ -281,7 +284,8 @@ class Walk:
                     quantized.run(index, batch)
             for name in group.names:
                 options = self.plan.options_of(name)
-                results[name] = _solve(by_name[name], layers[name], options, meter.moments(name), self.tokens)
+                moments, dtype = meter.moments(name), self.dtypes[name]
+                results[name] = _solve(by_name[name], layers[name], options, moments, self.tokens, dtype)
                 current[name] = results[name].dense(self.blocks.device)
                 self._step(1, name)
             _hold(layers, current)
@@ -319,6 +323,11 @@ class Walk:
             self.progress(self.done, len(self.blocks.structure.targets), name)
 
 
+def _as_rows(layer: nn.Module, value: BinaryWeight | Tensor) -> BinaryWeight | Tensor:
+    """A result of an earlier run; a dense one, which is as its layer stores it, as float32 [N, K]."""
+    return value if isinstance(value, BinaryWeight) else as_rows(layer, value).float()
+
+
 def _hold(layers: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
     for name, layer in layers.items():
         set_weight(layer, weights[name])
@@ -333,7 +342,7 @@ def quantize_(
     """Replaces each linear of the repeated blocks by a PackedLinear, in place; returns what was done and why.
 
     `windows` int64 [samples, T] is calibration text, for options that need it. A block's dense weights are freed as it
-    is left. Raises, before anything is changed, StructureError (no block, or under 90 % of its parameters binarized
+    is left. Raises, before any layer is packed, StructureError (no block, or under 90 % of its parameters binarized
     without `allow_partial`), OptionError (a group that does not divide a width, a pattern that matches nothing) and
     WeightError (NaN, infinity), with the layer's name; a WeightError for a scale outside its dtype, activations that
     overflow or a Hessian that is not positive definite comes at its layer.
@@ -342,6 +351,8 @@ def quantize_(
     structure = find_targets(model, plan)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter)
+    if windows is not None and not plan.needs(target.name for target in structure.targets).moments:
+        raise OptionError("calibration windows were given, but the method with these options measures no inputs")
     device = str(next(model.parameters()).device)
     decisions = Walk(Blocks(model, structure, plan, device), windows, progress).run()
     return Report((*decisions, *structure.kept), structure.block_parameters)
@@ -374,7 +385,7 @@ def estimate(model: nn.Module, plan: Plan, int8_head: bool = False) -> Report:
         if key not in by_shape:
             layer = nn.Linear(target.in_features, target.out_features, bias=False)
             torch.nn.init.normal_(layer.weight, std=0.02, generator=torch.Generator().manual_seed(0))
-            by_shape[key] = _solve(target, layer, options, None, 0).decision
+            by_shape[key] = _solve(target, layer, options, None, 0, torch.float32).decision
         linear = model.get_submodule(target.name)
         parameters = sum(parameter.numel() for parameter in linear.parameters())
         decisions.append(replace(by_shape[key], name=target.name, parameters=parameters, error=None))
