@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -147,19 +148,31 @@ def test_killed_after_the_rename_it_tidies_up(llama_dir, calibration, tmp_path, 
 
 
 @pytest.fixture
-def unfinished(deep_dir, calibration, tmp_path, monkeypatch):
+def killed_behind(monkeypatch):
+    """`with killed_behind(i): quantize(…)`: the run is killed once block i is written."""
+
+    @contextmanager
+    def killing(index):
+        put = packed_format.Parts.put
+
+        def put_and_kill(self, name, tensors, record):
+            put(self, name, tensors, record)
+            if name == stream.StreamedBlocks.part(index):
+                raise Killed
+
+        with monkeypatch.context() as patched:
+            patched.setattr(packed_format.Parts, "put", put_and_kill)
+            with pytest.raises(Killed):
+                yield
+
+    return killing
+
+
+@pytest.fixture
+def unfinished(deep_dir, calibration, tmp_path, killed_behind):
     """OUT whose run was killed after three blocks."""
-    put = packed_format.Parts.put
-
-    def three(self, name, tensors, record):
-        put(self, name, tensors, record)
-        if name == stream.StreamedBlocks.part(2):
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(packed_format.Parts, "put", three)
-        with pytest.raises(Killed):
-            quantize(deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration)
+    with killed_behind(2):
+        quantize(deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration)
     return tmp_path / "out"
 
 
@@ -403,24 +416,15 @@ def test_one_config_serves_again(unfinished, deep_dir, calibration, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_dense_layer_resumes_to_the_same_bytes(family, tokenizer, calibration, tmp_path, monkeypatch):
+def test_a_dense_layer_resumes_to_the_same_bytes(family, tokenizer, calibration, tmp_path, killed_behind):
     torch.manual_seed(0)
     source = tmp_path / "source"
     FAMILIES[family]().to(torch.bfloat16).save_pretrained(source)
     tokenizer.save_pretrained(source)
     settings = {"low": "no", "salient": 0.5, "allow_partial": True}
     whole, _ = quantize(str(source), tmp_path / "whole", signbit.SignbitConfig("pbllm", **settings), calibration)
-    put = packed_format.Parts.put
-
-    def one(self, name, tensors, record):
-        put(self, name, tensors, record)
-        if name == stream.StreamedBlocks.part(0):
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(packed_format.Parts, "put", one)
-        with pytest.raises(Killed):
-            quantize(str(source), tmp_path / "out", signbit.SignbitConfig("pbllm", **settings), calibration)
+    with killed_behind(0):
+        quantize(str(source), tmp_path / "out", signbit.SignbitConfig("pbllm", **settings), calibration)
     quantize(str(source), tmp_path / "out", signbit.SignbitConfig("pbllm", **settings), calibration)
     assert files(tmp_path / "out")["model.safetensors"] == files(whole)["model.safetensors"]
 
@@ -441,20 +445,24 @@ def test_a_damaged_record_is_named(unfinished, deep_dir, calibration):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("where", ["device", "cpu", "disk"])
-def test_on_a_gpu_with_inputs_anywhere_and_resumed(where, deep_dir, calibration, tmp_path, monkeypatch):
+def test_on_a_gpu_with_inputs_anywhere_and_resumed(where, deep_dir, calibration, tmp_path, killed_behind):
     whole, _ = quantize(deep_dir, tmp_path / "whole", signbit.SignbitConfig("pbllm"), calibration, device="cuda")
-    put = packed_format.Parts.put
-
-    def two(self, name, tensors, record):
-        put(self, name, tensors, record)
-        if name == stream.StreamedBlocks.part(1):
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(packed_format.Parts, "put", two)
-        with pytest.raises(Killed):
-            quantize(
-                deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration, device="cuda", inputs_on=where
-            )
+    with killed_behind(1):
+        quantize(
+            deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration, device="cuda", inputs_on=where
+        )
     quantize(deep_dir, tmp_path / "out", signbit.SignbitConfig("pbllm"), calibration, device="cuda", inputs_on=where)
     assert files(tmp_path / "out") == files(whole)
+
+
+def test_killed_while_it_began_it_begins_again(llama_dir, tmp_path, monkeypatch):
+    def killed(self, target):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            quantize(llama_dir, tmp_path / "out", signbit.SignbitConfig())
+    assert {p.name for p in (tmp_path / "out.partial").iterdir()} == {"lock", "signbit-run.tmp"}
+    quantize(llama_dir, tmp_path / "out", signbit.SignbitConfig())
+    assert not (tmp_path / "out.partial").exists()

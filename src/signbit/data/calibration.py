@@ -69,7 +69,7 @@ def _read_file(name: str) -> Text:
             raise
         raise DataError(
             f"--calibration {name}: no such file; the sets with names are {', '.join(SETS)} and self"
-        ) from (error)
+        ) from error
 
 
 def draw_windows(
@@ -80,7 +80,8 @@ def draw_windows(
     A set of documents of its own (c4, and .jsonl or .parquet files whose documents are long enough): a random document
     that is longer than the window, a random offset in it, again for every window, as the published C4 loader does.
     Running text (wikitext2, ptb, .txt, and files of short documents, joined by blank lines): random offsets.
-    `limit` is the longest window that the model's positions allow.
+    `limit` is the longest window that the model's positions allow. Differs from the published loaders: no special token
+    (a beginning of sequence, where a tokenizer has one) stands among the ids.
 
     Raises DataError if there is less text than one window, OptionError for windows longer than `limit`.
     """

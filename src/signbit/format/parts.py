@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from signbit.errors import FormatError
-from signbit.format.reader import StoredTensors, TensorHeader, read_headers
+from signbit.format.reader import StoredTensors, read_headers
 
 #: The file that tells an unfinished run from any other directory.
 _SETTINGS = "signbit-run.json"
@@ -76,9 +76,11 @@ class Parts:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise FormatError(f"{self.folder} is a file or a link; finished blocks are kept there: give another -o")
         names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
-        if names - {"lock"} and _SETTINGS not in names:
+        # A kill while the run began leaves no more than these two.
+        strange = names - {"lock", Path(_SETTINGS).with_suffix(".tmp").name}
+        if strange and _SETTINGS not in names:
             raise FormatError(
-                f"{self.folder} holds {min(names - {'lock'})}, so it is no unfinished run of signbit; finished blocks are "
+                f"{self.folder} holds {min(strange)}, so it is no unfinished run of signbit; finished blocks are "
                 "kept there: give another -o"
             )
 
@@ -103,7 +105,8 @@ class Parts:
         return [path for path in self.folder.glob("*.json") if path.name != _SETTINGS]
 
     def _clear(self) -> None:
-        for entry in self.folder.iterdir():
+        # The settings go last: a kill half way leaves a directory that is still known as a run's.
+        for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name == _SETTINGS):
             if entry.is_dir():
                 shutil.rmtree(entry)
             elif entry.name != "lock":
@@ -140,16 +143,14 @@ class Parts:
         loaded: dict[str, Tensor] = load_file(self.folder / f"{name}.safetensors")
         return loaded
 
-    def headers(self, name: str) -> dict[str, TensorHeader]:
-        """Where the tensors of a finished part lie."""
-        return read_headers([self.folder / f"{name}.safetensors"])
-
     def stored(self, names: list[str]) -> StoredTensors:
-        """The tensors of several parts, each read when it is asked for."""
+        """The tensors of finished parts, each read when it is asked for."""
         return StoredTensors(read_headers(self.folder / f"{name}.safetensors" for name in names))
 
     def remove(self) -> None:
         """Deletes the directory: the run is finished."""
+        with contextlib.suppress(OSError):
+            self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -106,7 +106,7 @@ class StreamedBlocks(ptq.Blocks):
 
     def skip(self, index: int) -> None:
         record = self.parts.record(self.part(index))
-        headers = self.parts.headers(self.part(index))
+        headers = self.parts.stored([self.part(index)]).headers
         prefix = f"{self.structure.blocks}.{index}"
         split_experts_(self.modules[index], self.plan.selection, prefix, index)
         for name, values in record["layers"].items():
@@ -173,7 +173,7 @@ def quantize(
     folder = Path(out).absolute().with_name(f"{Path(out).absolute().name}.partial")
     overwrite = overwrite or _is_finished(Path(out), folder)
     target = packed_format.check_target(out, overwrite)
-    _check_apart(source, target)
+    _check_apart(source, target, folder)
     torch_device(device)
     skeleton = load_source(source, skeleton=True)
     split_experts_(skeleton, config.plan.selection)
@@ -254,11 +254,10 @@ def _is_finished(out: Path, folder: Path) -> bool:
         return False
 
 
-def _check_apart(source: str, target: Path) -> None:
+def _check_apart(source: str, target: Path, folder: Path) -> None:
+    """Raises OptionError if the source stands where OUT or OUT.partial is to be."""
     resolved = Path(source).resolve()
-    if any(
-        own.resolve() in (resolved, *resolved.parents) for own in (target, target.with_name(f"{target.name}.partial"))
-    ):
+    if any(own.resolve() in (resolved, *resolved.parents) for own in (target, folder)):
         raise OptionError(
             f"OUT (or OUT.partial) is the source model {source} itself, or holds it; give another directory"
         )

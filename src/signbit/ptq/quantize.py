@@ -234,20 +234,20 @@ class Walk:
         layers = {target.name: blocks.model.get_submodule(target.name) for target in targets}
         results: dict[str, _Result] = {}
         try:
-            self.dtypes = {name: linear_parts(layer)[0].dtype for name, layer in layers.items()}
+            dtypes = {name: linear_parts(layer)[0].dtype for name, layer in layers.items()}
             if self.quantized is None:
                 for target in targets:
                     layer, name = layers[target.name], target.name
-                    results[name] = _solve(target, layer, self.plan.options_of(name), None, 0, self.dtypes[name])
-                    self._replace(target, layer, results[target.name])
-                    self._step(1, target.name)
+                    results[name] = _solve(target, layer, self.plan.options_of(name), None, 0, dtypes[name])
+                    self._replace(target, layer, results[name])
+                    self._step(1, name)
             else:
                 with _in_float32(block):
                     if before is not None:
                         results = {d.name: _Result(_as_rows(layers[d.name], before[1][d.name]), d) for d in before[0]}
                         self._step(len(targets), f"block {index}, from before")
                     else:
-                        results = self._calibrate(index, targets, layers)
+                        results = self._calibrate(index, targets, layers, dtypes)
                     if not last:
                         self._advance(index, layers, results)
                 for target in targets:
@@ -259,8 +259,13 @@ class Walk:
         blocks.leave(index, decisions)
         return decisions
 
-    def _calibrate(self, index: int, targets: list[Target], layers: dict[str, nn.Module]) -> dict[str, _Result]:
-        """Measures and solves the layers of one block, group by group; they hold Q while the next are measured."""
+    def _calibrate(
+        self, index: int, targets: list[Target], layers: dict[str, nn.Module], dtypes: dict[str, torch.dtype]
+    ) -> dict[str, _Result]:
+        """Measures and solves the layers of one block, group by group; they hold Q while the next are measured.
+
+        `dtypes` are those in which the weights are stored.
+        """
         quantized, dense = self.quantized, self.dense
         assert quantized is not None
         if not layers:
@@ -284,8 +289,8 @@ class Walk:
                     quantized.run(index, batch)
             for name in group.names:
                 options = self.plan.options_of(name)
-                moments, dtype = meter.moments(name), self.dtypes[name]
-                results[name] = _solve(by_name[name], layers[name], options, moments, self.tokens, dtype)
+                moments = meter.moments(name)
+                results[name] = _solve(by_name[name], layers[name], options, moments, self.tokens, dtypes[name])
                 current[name] = results[name].dense(self.blocks.device)
                 self._step(1, name)
             _hold(layers, current)
