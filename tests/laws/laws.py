@@ -24,7 +24,10 @@ def uninitialized_memory_is_nan():
 
 
 def size_of_terms(w):
-    """Σ |terms| of each entry of the dense matrix: what its rounding error is measured against."""
+    """Σ |terms| of each entry of the dense matrix: what its rounding error is measured against.
+
+    A salient value counts beside what it replaces: a kernel may add the difference (design, BinaryWeight).
+    """
     operands = w.operands()
     positive = operands._replace(
         signs=torch.full_like(operands.signs, 255),
@@ -33,7 +36,8 @@ def size_of_terms(w):
         in_scale=None if operands.in_scale is None else operands.in_scale.abs(),
         in_shift=None if operands.in_shift is None else operands.in_shift.abs(),
     )
-    return bits.dense(positive, torch.float64).abs()
+    replaced = bits.dense(positive._replace(salient_codes=None), torch.float64)
+    return bits.dense(positive, torch.float64).abs() + (0 if w.salient is None else replaced)
 
 
 def law_identity(backend, w, dtype, device="cpu"):

@@ -29,6 +29,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _kernels_are_for_the_cpu(request):
+    if not {"backend", "device"} <= set(request.fixturenames):
+        return
+    backend, device = request.getfixturevalue("backend"), request.getfixturevalue("device")
+    if device != "cpu" and backend.name != "reference":
+        pytest.skip("a CPU kernel")
+
+
 def to_device(w, device):
     if device == "cpu":
         return w

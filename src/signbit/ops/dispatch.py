@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signbit.ops import reference
+from signbit.ops import cpu, reference
 
 #: How activations enter a layer: as floats, or as integers (`sign` only as a layer's own act_bits = 1).
 ACTIVATION_MODES = ("exact", "int8")
@@ -33,19 +33,32 @@ class Choice:
     reason: str
 
 
-#: By name; the CPU and CUDA kernels add theirs beside the reference.
-BACKENDS: dict[str, Backend] = {
-    "reference": Backend("reference", reference.binary_linear, reference.int8_linear),
-}
+def _backends() -> dict[str, Backend]:
+    found = {"reference": Backend("reference", reference.binary_linear, reference.int8_linear)}
+    library = cpu.library()
+    for isa in () if isinstance(library, str) else library.runs:
+        found[isa] = Backend(isa, *cpu.backend_functions(isa))
+    return found
+
+
+#: By name: the reference, and the CPU kernels of each instruction set that this processor runs.
+BACKENDS: dict[str, Backend] = _backends()
 
 
 def choose(device: torch.device) -> Backend:
     """The backend that multiplies on `device`."""
-    return BACKENDS["reference"]
+    name = _selected(device)[0]
+    return BACKENDS[name or "reference"]
+
+
+def _selected(device: torch.device) -> tuple[str | None, str]:
+    if device.type == "cpu":
+        return cpu.selected()
+    return None, f"no kernel for {device.type} is built into this version; plain torch unpacks the bits on every call"
 
 
 def explain(device: str | torch.device = "cpu") -> list[Choice]:
     """For each op, the backend it takes on `device` and why."""
     device = torch.device(device)
-    reason = f"no kernel for {device.type} is built into this version; plain torch unpacks the bits on every call"
-    return [Choice(op, str(device), choose(device).name, reason) for op in ("binary_linear", "int8_linear")]
+    name, reason = _selected(device)
+    return [Choice(op, str(device), name or "reference", reason) for op in ("binary_linear", "int8_linear")]

@@ -1,0 +1,186 @@
+// The C interface: which instruction set runs, and how tokens and rows are shared out among threads.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "floats.h"
+#include "kernels.h"
+#include "pool.h"
+#include "signbit.h"
+
+namespace signbit {
+namespace {
+
+struct Entry {
+  const Kernels *kernels;
+  bool (*runs)();
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avxvnni();
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vbmi2");
+}
+// Compilers know the name of this one only lately, so it is read from the processor: leaf 7.1, EAX bit 4.
+bool has_avxvnni() {
+  unsigned a = 7, b, c = 1, d;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return has_avx2() && __builtin_cpu_supports("avx2") && (a >> 4 & 1);
+}
+#endif
+bool always() { return true; }
+
+const Entry ENTRIES[] = {
+#if defined(__x86_64__)
+    {&avx512_kernels, has_avx512},
+    {&avxvnni_kernels, has_avxvnni},
+    {&avx2_kernels, has_avx2},
+#elif defined(__aarch64__)
+    {&neon_kernels, always},
+#endif
+    {&portable_kernels, always},
+};
+constexpr int COUNT = sizeof ENTRIES / sizeof ENTRIES[0];
+
+int error_of(int isa) {
+  if (isa < 0 || isa >= COUNT || !ENTRIES[isa].runs()) return SIGNBIT_NO_SUCH_ISA;
+  return SIGNBIT_OK;
+}
+
+// Few tokens: each thread takes some rows and reads a share of the weights. Many: each takes some tokens, and so
+// prepares only those (the packed weights are small enough to be read by all).
+constexpr int64_t TOKENS_A_THREAD = 12;
+
+template <class Matrix>
+struct Job {
+  const Matrix &w;
+  const signbit_call &call;
+  const Input &input;
+  int (*run)(const Matrix &, const signbit_call &, const Input &, const Part &);
+  int64_t units, tasks;
+  bool by_token;
+  std::atomic<int> error{0};
+
+  static void task(void *self, int i) {
+    auto &job = *static_cast<Job *>(self);
+    const int64_t total = job.by_token ? job.input.tokens : job.units;
+    const int64_t first = total * i / job.tasks, last = total * (i + 1) / job.tasks;
+    const Part part = job.by_token ? Part{first, last, 0, job.units} : Part{0, job.input.tokens, first, last};
+    if (const int error = job.run(job.w, job.call, job.input, part)) job.error = error;
+  }
+};
+
+template <class Matrix>
+int run(const Matrix &w, const signbit_call &call, const Input &input, int64_t units,
+        int (*kernel)(const Matrix &, const signbit_call &, const Input &, const Part &)) {
+  const int64_t threads = std::max(1, call.threads);
+  const bool by_token = input.tokens >= threads * TOKENS_A_THREAD;
+  Job<Matrix> job{w, call, input, kernel, units, std::min(threads, by_token ? input.tokens : units), by_token};
+  parallel(static_cast<int>(threads), static_cast<int>(job.tasks), Job<Matrix>::task, &job);
+  return job.error;
+}
+
+// F.layer_norm without weights, then the bias, each rounded to the type of y as torch's own operations would be.
+void finish(const signbit_call &call, int64_t tokens, int64_t rows, const float *wide, void *y) {
+  for (int64_t t = 0; t < tokens; t++) {
+    const float *row = wide + t * rows;
+    double mean = 0, square = 0;
+    for (int64_t n = 0; n < rows; n++) mean += row[n];
+    mean /= static_cast<double>(rows);
+    for (int64_t n = 0; n < rows; n++) square += (row[n] - mean) * (row[n] - mean);
+    const double inverse = 1 / std::sqrt(square / static_cast<double>(rows) + call.norm_out_eps);
+    for (int64_t n = 0; n < rows; n++) {
+      float value = rounded(static_cast<float>((row[n] - mean) * inverse), call.x_type);
+      if (call.bias_type != SIGNBIT_NONE) value += load(call.bias, n, call.bias_type);
+      store(y, t * rows + n, value, call.x_type);
+    }
+  }
+}
+
+bool is_float(int type) { return type >= SIGNBIT_FLOAT32 && type <= SIGNBIT_FLOAT16; }
+
+} // namespace
+} // namespace signbit
+
+using namespace signbit;
+
+int signbit_abi(void) { return SIGNBIT_ABI; }
+
+const char *signbit_features(void) {
+  static const std::string features = [] {
+    std::string found;
+#if defined(__x86_64__)
+#define SIGNBIT_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found += name " ";
+    SIGNBIT_FEATURE("sse4.2") SIGNBIT_FEATURE("avx2") SIGNBIT_FEATURE("fma") SIGNBIT_FEATURE("f16c")
+    SIGNBIT_FEATURE("avx512f") SIGNBIT_FEATURE("avx512bw") SIGNBIT_FEATURE("avx512vl") SIGNBIT_FEATURE("avx512dq")
+    SIGNBIT_FEATURE("avx512vnni") SIGNBIT_FEATURE("avx512vbmi") SIGNBIT_FEATURE("avx512vbmi2")
+    SIGNBIT_FEATURE("avx512bf16")
+    if (has_avxvnni()) found += "avxvnni ";
+#elif defined(__aarch64__)
+    found = "neon dotprod ";
+#endif
+    if (!found.empty()) found.pop_back();
+    return found;
+  }();
+  return features.c_str();
+}
+
+int signbit_isa_count(void) { return COUNT; }
+const char *signbit_isa_name(int isa) { return isa >= 0 && isa < COUNT ? ENTRIES[isa].kernels->name : nullptr; }
+int signbit_isa_runs(int isa) { return error_of(isa) == SIGNBIT_OK; }
+
+int signbit_linear(const signbit_matrix *w, const signbit_call *call, const void *x, int64_t tokens, int64_t stride,
+                   void *y) {
+  if (const int error = error_of(call->isa)) return error;
+  const int64_t width = w->groups > 0 ? w->columns / w->groups : 0;
+  if (w->groups < 1 || width * w->groups != w->columns || (w->groups > 1 && width % 32) || !is_float(w->float_type) ||
+      !is_float(call->x_type) || w->columns > 65536)
+    return SIGNBIT_BAD_ARGUMENT;
+  if (tokens == 0) return SIGNBIT_OK;
+  std::unique_ptr<float[]> wide;
+  if (call->norm_out != SIGNBIT_NORM_NONE) {
+    wide.reset(new (std::nothrow) float[tokens * w->rows]);
+    if (!wide) return SIGNBIT_NO_MEMORY;
+  }
+  const Input input{x, tokens, stride, y, wide.get()};
+  const int error = run(*w, *call, input, (w->rows + 15) / 16, ENTRIES[call->isa].kernels->linear);
+  if (error == SIGNBIT_OK && wide) finish(*call, tokens, w->rows, wide.get(), y);
+  return error;
+}
+
+int signbit_int8_linear(const signbit_int8_matrix *w, const signbit_call *call, const void *x, int64_t tokens,
+                        int64_t stride, void *y) {
+  if (const int error = error_of(call->isa)) return error;
+  if (!is_float(w->float_type) || !is_float(call->x_type) || w->columns > 65536) return SIGNBIT_BAD_ARGUMENT;
+  if (tokens == 0) return SIGNBIT_OK;
+  const Input input{x, tokens, stride, y, nullptr};
+  return run(*w, *call, input, w->rows, ENTRIES[call->isa].kernels->int8_linear);
+}
+
+void signbit_clear_salient(uint8_t *signs, int32_t sign_planes, int64_t rows, int64_t columns,
+                           const uint8_t *positions, const uint8_t *counts) {
+  const int64_t width = (columns + 7) / 8, blocks = (columns + 255) / 256;
+  for (int32_t p = 0; p < sign_planes; p++) {
+    uint8_t *plane = signs + p * rows * width;
+    if (counts == nullptr) {
+      for (int64_t i = 0; i < rows * width; i++) plane[i] &= static_cast<uint8_t>(~positions[i]);
+      continue;
+    }
+    const uint8_t *offset = positions;
+    for (int64_t n = 0; n < rows; n++)
+      for (int64_t b = 0; b < blocks; b++)
+        for (int e = counts[n * blocks + b]; e > 0; e--, offset++)
+          plane[n * width + b * 32 + *offset / 8] &= static_cast<uint8_t>(~(1u << *offset % 8));
+  }
+}

@@ -1,0 +1,609 @@
+// The multiplication, once for all instruction sets. Each isa_*.cpp defines `struct Isa` and includes this file inside
+// an unnamed namespace, so that no compiled line is shared between instruction sets. No standard library here, for the
+// same reason.
+//
+// struct Isa has
+//   EXACT_TOKENS, INT8_TOKENS, HEAD_ROWS, HEAD_TOKENS      largest tiles that fit its registers
+//   vf half(const uint16_t *)                              16 float16
+//   exact<R, T>(w, block stride, words, tables, table stride, acc[R][T])   acc += Σ ±x, 4 columns a table of 16 sums
+//   int8<R, T>(w, block stride, words, q, q stride, acc[R][T])             acc += Σ q where the bit is 1
+//   dot<R, T>(codes, row stride, q, q stride, columns, sums[R][T])         int8 · int8, columns a multiple of 64
+
+constexpr int64_t CHUNK = 32; // words
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline vf load16(const void *from, int64_t i, int type) {
+  if (type == SIGNBIT_FLOAT32) return vload<vf>(static_cast<const float *>(from) + i);
+  const uint16_t *halves = static_cast<const uint16_t *>(from) + i;
+  if (type == SIGNBIT_FLOAT16) return Isa::half(halves);
+  return reinterpret_cast<vf>(__builtin_convertvector(vload<vh>(halves), vu) << 16);
+}
+
+// Memory of a task, handed out piece by piece.
+struct Memory {
+  char *next;
+  template <class S>
+  S *take(int64_t count) {
+    S *piece = reinterpret_cast<S *>(next);
+    next += bytes<S>(count);
+    return piece;
+  }
+  template <class S>
+  static int64_t bytes(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(S)) + 63) / 64 * 64;
+  }
+};
+
+// One token as float32, zero beyond `columns`, after the norm of its inputs (rounded to the type of x, as torch's own
+// operations would be).
+inline void read_token(const signbit_call &call, const void *x, int64_t start, int64_t columns, int64_t padded,
+                       float *to) {
+  const int type = call.x_type;
+  int64_t k = 0;
+  for (; k + 16 <= columns; k += 16) vstore(to + k, load16(x, start + k, type));
+  for (; k < columns; k++) to[k] = load(x, start + k, type);
+  for (; k < padded; k++) to[k] = 0;
+  if (call.norm_in == SIGNBIT_NORM_NONE) return;
+  float mean = 0;
+  vf sums = {};
+  if (call.norm_in == SIGNBIT_NORM_LAYER) {
+    for (k = 0; k < padded; k += 16) sums += vload<vf>(to + k);
+    mean = total(sums) / static_cast<float>(columns);
+    for (k = 0; k < columns; k++) to[k] -= mean;
+  }
+  sums = vf{};
+  for (k = 0; k < padded; k += 16) {
+    const vf v = vload<vf>(to + k);
+    sums += v * v;
+  }
+  const float inverse = 1 / __builtin_sqrtf(total(sums) / static_cast<float>(columns) + call.norm_in_eps);
+  if (type == SIGNBIT_FLOAT32) {
+    for (k = 0; k < padded; k += 16) vstore(to + k, vload<vf>(to + k) * inverse);
+  } else {
+    for (k = 0; k < columns; k++) to[k] = rounded(to[k] * inverse, type);
+  }
+}
+
+// Each group of four activations as the sixteen sums ±x₀ ±x₁ ±x₂ ±x₃, bit j of the index for +xⱼ.
+inline void build_tables(const float *x, int64_t columns, float *tables) {
+  constexpr float m = -1, p = 1;
+  const vf s0 = {m, p, m, p, m, p, m, p, m, p, m, p, m, p, m, p}, s1 = {m, m, p, p, m, m, p, p, m, m, p, p, m, m, p, p};
+  const vf s2 = {m, m, m, m, p, p, p, p, m, m, m, m, p, p, p, p}, s3 = {m, m, m, m, m, m, m, m, p, p, p, p, p, p, p, p};
+  for (int64_t k = 0; k < columns; k += 4, tables += 16)
+    vstore(tables, (s0 * x[k] + s1 * x[k + 1]) + (s2 * x[k + 2] + s3 * x[k + 3]));
+}
+
+// a = max(max|u|, 1e-5), q = round_half_even(127·u/a): q in the order in which a word's bits meet it (see int8 in
+// Isa: byte 4p + j is column 8j + p), or as it stands; `sums` [words + 1] counts up over the words. Returns a/127, NaN
+// if an activation is not finite.
+template <bool BIT_ORDER>
+inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *sums) {
+  vf most = {}, bad = {};
+  for (int64_t k = 0; k < padded; k += 16) {
+    const vf v = vload<vf>(u + k);
+    const vf size = reinterpret_cast<vf>(reinterpret_cast<vu>(v) & 0x7fffffff);
+    most = size > most ? size : most;
+    bad += v * 0.0f;
+  }
+  float a = 1e-5f;
+  for (int i = 0; i < 16; i++) a = most[i] > a ? most[i] : a;
+  const float invalid = total(bad);
+  if (invalid != 0) { // NaN
+    memset(q, 0, static_cast<size_t>(padded));
+    memset(sums, 0, static_cast<size_t>(padded / 32 + 1) * 4);
+    return invalid;
+  }
+  // Adding 1.5·2²³ leaves no bits for a fraction, rounded half to even.
+  const float magic = 12582912.0f;
+  sums[0] = 0;
+  for (int64_t k = 0; k < padded; k += 32) {
+    const vf low = vload<vf>(u + k) * 127.0f / a, high = vload<vf>(u + k + 16) * 127.0f / a;
+    const vi i = reinterpret_cast<vi>(low + magic) - reinterpret_cast<vi>(splat(magic));
+    const vi j = reinterpret_cast<vi>(high + magic) - reinterpret_cast<vi>(splat(magic));
+    const vb first = __builtin_convertvector(i, vb), second = __builtin_convertvector(j, vb);
+    vb2 bytes;
+    if (BIT_ORDER)
+      bytes = __builtin_shufflevector(first, second, 0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27, 4, 12, 20,
+                                      28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31);
+    else
+      bytes = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18,
+                                      19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+    vstore(q + k, bytes);
+    sums[k / 32 + 1] = sums[k / 32] + total(i + j);
+  }
+  return a / 127.0f;
+}
+
+// Results of one token: rounded to the type of y; then the bias, unless the norm of the outputs comes first.
+inline void write_token(const signbit_call &call, const Input &input, int64_t token, int64_t rows, int64_t first,
+                        int64_t last, const float *values) {
+  const int type = call.x_type;
+  const int64_t start = token * rows;
+  if (input.wide != nullptr) {
+    for (int64_t n = first; n < last; n++) input.wide[start + n] = rounded(values[n - first], type);
+  } else if (call.bias_type != SIGNBIT_NONE) {
+    for (int64_t n = first; n < last; n++)
+      store(input.y, start + n, rounded(values[n - first], type) + load(call.bias, n, call.bias_type), type);
+  } else if (type == SIGNBIT_FLOAT32) {
+    memcpy(static_cast<float *>(input.y) + start + first, values, static_cast<size_t>(last - first) * 4);
+  } else if (type == SIGNBIT_BFLOAT16) {
+    uint16_t *y = static_cast<uint16_t *>(input.y) + start;
+    for (int64_t n = first; n < last; n++) y[n] = float_to_bfloat(values[n - first]);
+  } else {
+    uint16_t *y = static_cast<uint16_t *>(input.y) + start;
+    for (int64_t n = first; n < last; n++) y[n] = float_to_half(values[n - first]);
+  }
+}
+
+// T tokens times some blocks of rows.
+template <int T, bool INT8>
+struct Tile {
+  const signbit_matrix &w;
+  const signbit_call &call;
+  const Input &input;
+  const int64_t first, last; // blocks
+  const int64_t blocks, words, padded, width;
+  const int64_t pitch; // bytes between tokens in q: not a power of two, which would put them all in one cache set
+  // A table is 16 bytes a column: so many words that those of T tokens lie in 16 KiB, half of a first-level cache.
+  static constexpr int64_t TABLE_WORDS = T <= 8 ? CHUNK / T : 2;
+
+  float *x, *u, *tables, *y, *group_sums;
+  int8_t *q;
+  int32_t *q_sums, *y_integers;
+  float step[T], x_step[T], shifted[T]; // of u, of x; the input shift's share
+
+  Tile(const signbit_matrix &matrix, const signbit_call &how, const Input &in, const Part &part)
+      : w(matrix), call(how), input(in), first(part.first_row), last(part.last_row), blocks((matrix.rows + 15) / 16),
+        words((matrix.columns + 31) / 32), padded(words * 32), width(matrix.columns / matrix.groups), pitch(padded + 64) {}
+
+  int64_t lanes() const { return (last - first) * 16; }
+
+  // Where a token's 16 results of a block lie in y and y_integers: those of all T side by side.
+  int64_t cell(int64_t block, int t) const { return ((block - first) * T + t) * 16; }
+
+  int64_t bytes() const {
+    return 3 * Memory::bytes<float>(T * padded) + Memory::bytes<float>(T * TABLE_WORDS * 128) +
+           Memory::bytes<float>(T * w.groups) + (2 * T + 1) * Memory::bytes<float>(lanes()) + Memory::bytes<int8_t>(T * pitch) +
+           Memory::bytes<int32_t>(T * (words + 1)) + Memory::bytes<uint32_t>(padded) + Memory::bytes<uint8_t>(padded + 8);
+  }
+
+  bool run(int64_t token) {
+    void *piece = scratch(static_cast<size_t>(bytes()));
+    if (piece == nullptr) return false;
+    Memory memory{static_cast<char *>(piece)};
+    x = memory.take<float>(T * padded);
+    u = memory.take<float>(T * padded);
+    tables = memory.take<float>(T * TABLE_WORDS * 128);
+    group_sums = memory.take<float>(T * w.groups);
+    y = memory.take<float>(T * lanes());
+    y_integers = memory.take<int32_t>(T * lanes());
+    q = memory.take<int8_t>(T * pitch);
+    q_sums = memory.take<int32_t>(T * (words + 1));
+    memset(y, 0, static_cast<size_t>(T * lanes()) * 4);
+
+    for (int t = 0; t < T; t++)
+      read_token(call, input.x, (token + t) * input.stride, w.columns, padded, x + t * padded);
+    if (INT8) quantize(x, x_step);
+    if (w.shift != nullptr) sum_groups();
+    for (int t = 0; t < T; t++) {
+      shifted[t] = 0;
+      if (w.in_shift == nullptr) continue;
+      vf sums = {};
+      float rest = 0;
+      int64_t k = 0;
+      for (; k + 16 <= w.columns; k += 16) sums += load16(w.in_shift, k, w.float_type) * vload<vf>(x + t * padded + k);
+      for (; k < w.columns; k++) rest += load(w.in_shift, k, w.float_type) * x[t * padded + k];
+      shifted[t] = total(sums) + rest;
+    }
+
+    for (int plane = 0; plane < w.planes; plane++) {
+      const float *from = take_plane(plane);
+      const uint32_t *signs = w.signs + (w.sign_planes == 1 ? 0 : plane) * words * blocks * 16;
+      if (INT8 && w.groups == 1) memset(y_integers, 0, static_cast<size_t>(T * lanes()) * 4);
+      for (int64_t word = 0; word < words; word += CHUNK) {
+        const int64_t count = least(CHUNK, words - word);
+        multiply(signs + word * blocks * 16, from, word, count, plane);
+      }
+      if (INT8 && w.groups == 1) scale_integers(plane);
+    }
+    if (w.shift != nullptr) add_shift();
+    if (w.salient_codes != nullptr) {
+      uint32_t *columns = memory.take<uint32_t>(padded);
+      uint8_t *codes = memory.take<uint8_t>(padded + 8);
+      add_salient(columns, codes, memory.take<float>(T * padded));
+    }
+    float *row = memory.take<float>(lanes());
+    for (int t = 0; t < T; t++) {
+      for (int64_t block = first; block < last; block++)
+        vstore(row + (block - first) * 16, vload<vf>(y + cell(block, t)) + shifted[t]);
+      write_token(call, input, token + t, w.rows, first * 16, least(last * 16, w.rows), row);
+    }
+    return true;
+  }
+
+  void quantize(const float *from, float *steps) {
+    for (int t = 0; t < T; t++)
+      steps[t] = quantize_token<true>(from + t * padded, padded, q + t * pitch, q_sums + t * (words + 1));
+  }
+
+  // What the signs of a plane meet: x, or x times the plane's input scale; for int8 its codes, in q.
+  const float *take_plane(int plane) {
+    if (w.in_scale == nullptr) {
+      for (int t = 0; t < T; t++) step[t] = x_step[t];
+      return x;
+    }
+    if (plane < w.in_scale_planes) {
+      scale_inputs(plane);
+      if (INT8) quantize(u, step);
+    }
+    return u;
+  }
+
+  void scale_inputs(int plane) {
+    const int64_t row = plane * w.columns;
+    for (int t = 0; t < T; t++) {
+      const float *from = x + t * padded;
+      float *to = u + t * padded;
+      int64_t k = 0;
+      for (; k + 16 <= w.columns; k += 16)
+        vstore(to + k, vload<vf>(from + k) * load16(w.in_scale, row + k, w.float_type));
+      for (; k < w.columns; k++) to[k] = from[k] * load(w.in_scale, row + k, w.float_type);
+      for (; k < padded; k++) to[k] = 0;
+    }
+  }
+
+  void sum_groups() {
+    for (int t = 0; t < T; t++)
+      for (int64_t g = 0; g < w.groups; g++) {
+        float sum = 0;
+        if (INT8) { // a width is a multiple of 32 unless there is one group
+          const int32_t *sums = q_sums + t * (words + 1);
+          const int64_t begin = g * width / 32, end = w.groups == 1 ? words : (g + 1) * width / 32;
+          sum = static_cast<float>(sums[end] - sums[begin]) * x_step[t];
+        } else {
+          const float *from = x + t * padded + g * width;
+          vf sums = {};
+          int64_t k = 0;
+          for (; k + 16 <= width; k += 16) sums += vload<vf>(from + k);
+          for (; k < width; k++) sum += from[k];
+          sum += total(sums);
+        }
+        group_sums[t * w.groups + g] = sum;
+      }
+  }
+
+  vf scale_of(int plane, int64_t block, int64_t group) const {
+    if (w.scale_rows) return load16(w.scale, ((plane * blocks + block) * w.groups + group) * 16, w.float_type);
+    return splat(load(w.scale, plane * w.groups + group, w.float_type));
+  }
+
+  // One chunk of columns: words [word, word + count), lying at `signs` block after block.
+  void multiply(const uint32_t *signs, const float *from, int64_t word, int64_t count, int plane) {
+    const int64_t step_words = INT8 ? count : TABLE_WORDS;
+    for (int64_t part = 0; part < count; part += step_words) {
+      const int64_t some = least(step_words, count - part);
+      if (!INT8)
+        for (int t = 0; t < T; t++)
+          build_tables(from + t * padded + (word + part) * 32, some * 32, tables + t * TABLE_WORDS * 128);
+      int64_t block = first;
+      if (T > 1)
+        for (; block + 2 <= last; block += 2) rows<2>(signs, count, word, part, some, block, plane);
+      for (; block < last; block++) rows<1>(signs, count, word, part, some, block, plane);
+    }
+  }
+
+  template <int R>
+  void rows(const uint32_t *signs, int64_t count, int64_t word, int64_t part, int64_t some, int64_t block, int plane) {
+    const uint32_t *w0 = signs + block * count * 16;
+    const int64_t group_words = w.groups == 1 ? words : width / 32;
+    for (int64_t begin = part; begin < part + some;) {
+      const int64_t group = (word + begin) / group_words;
+      const int64_t end = least(part + some, (group + 1) * group_words - word);
+      if (INT8) {
+        vi acc[R][T] = {};
+        Isa::template int8<R, T>(w0 + begin * 16, count * 16, end - begin, q + (word + begin) * 32, pitch, acc);
+        for (int r = 0; r < R; r++)
+          for (int t = 0; t < T; t++) {
+            const int32_t *sums = q_sums + t * (words + 1);
+            const vi sum = 2 * acc[r][t] - (sums[word + end] - sums[word + begin]);
+            const int64_t at = cell(block + r, t);
+            if (w.groups == 1) {
+              vstore(y_integers + at, vload<vi>(y_integers + at) + sum);
+            } else {
+              const vf scale = scale_of(plane, block + r, group) * step[t];
+              vstore(y + at, vload<vf>(y + at) + __builtin_convertvector(sum, vf) * scale);
+            }
+          }
+      } else {
+        vf acc[R][T] = {};
+        Isa::template exact<R, T>(w0 + begin * 16, count * 16, end - begin, tables + (begin - part) * 128,
+                                  TABLE_WORDS * 128, acc);
+        for (int r = 0; r < R; r++) {
+          const vf scale = scale_of(plane, block + r, group);
+          for (int t = 0; t < T; t++) {
+            const int64_t at = cell(block + r, t);
+            vstore(y + at, vload<vf>(y + at) + acc[r][t] * scale);
+          }
+        }
+      }
+      begin = end;
+    }
+  }
+
+  void scale_integers(int plane) {
+    for (int64_t block = first; block < last; block++) {
+      const vf scale = scale_of(plane, block, 0);
+      for (int t = 0; t < T; t++) {
+        const int64_t at = cell(block, t);
+        vstore(y + at, vload<vf>(y + at) + __builtin_convertvector(vload<vi>(y_integers + at), vf) * (scale * step[t]));
+      }
+    }
+  }
+
+  void add_shift() {
+    for (int64_t block = first; block < last; block++) {
+      vf sums[T] = {};
+      for (int64_t g = 0; g < w.groups; g++) {
+        const vf shift = load16(w.shift, (block * w.groups + g) * 16, w.float_type);
+        for (int t = 0; t < T; t++) sums[t] += shift * group_sums[t * w.groups + g];
+      }
+      for (int t = 0; t < T; t++) {
+        float *at = y + cell(block, t);
+        vstore(at, vload<vf>(at) + sums[t]);
+      }
+    }
+  }
+
+  // Salient values replace what stands at their positions. There the sign bits are 0, so the planes have counted
+  // −scale·u, the shifts +shift·x and the input shift +in_shift·x: that much is taken back before the value is added.
+  void add_salient(uint32_t *columns, uint8_t *codes, float *values) {
+    if (INT8 && w.in_scale != nullptr) quantize(x, x_step); // q held the last plane's
+    const bool shared = w.in_scale == nullptr;
+    gather(x, INT8, values);
+    salient_rows(columns, codes, values, INT8, 0, shared ? w.planes : 0, true, false);
+    if (!shared)
+      for (int plane = 0; plane < w.in_scale_planes; plane++) {
+        scale_inputs(plane);
+        if (INT8) quantize(u, step);
+        gather(u, INT8, values);
+        salient_rows(columns, codes, values, INT8, plane, w.in_scale_planes == 1 ? w.planes : plane + 1, false, false);
+      }
+    if (w.in_shift != nullptr) {
+      for (int t = 0; t < T; t++)
+        for (int64_t k = 0; k < w.columns; k++)
+          u[t * padded + k] = x[t * padded + k] * load(w.in_shift, k, w.float_type);
+      gather(u, false, values);
+      salient_rows(columns, codes, values, false, 0, 0, false, true);
+    }
+  }
+
+  // [T][columns] turned to [columns][T]: floats, or the integers in q (as floats: sums of them stay below 2²⁴).
+  void gather(const float *from, bool integers, float *values) const {
+    for (int t = 0; t < T; t++)
+      for (int64_t k = 0; k < w.columns; k++) {
+        const int64_t byte = k / 32 * 32 + k % 8 * 4 + k / 8 % 4;
+        values[k * T + t] = integers ? static_cast<float>(q[t * pitch + byte]) : from[t * padded + k];
+      }
+  }
+
+  int64_t salient_columns(int64_t row, uint32_t *columns) const {
+    const int64_t start = w.salient_starts[row];
+    int64_t count = 0;
+    if (w.salient_counts != nullptr) {
+      const int64_t sections = (w.columns + 255) / 256;
+      const uint8_t *offset = w.salient_positions + start;
+      for (int64_t s = 0; s < sections; s++) {
+        const int64_t some = w.salient_counts[row * sections + s];
+        for (int64_t e = 0; e < some; e++) columns[count + e] = static_cast<uint32_t>(s * 256 + offset[count + e]);
+        count += some;
+      }
+      return count;
+    }
+    const int64_t bytes = (w.columns + 7) / 8;
+    const uint8_t *bitmap = w.salient_positions + row * bytes;
+    for (int64_t byte = 0; byte < bytes; byte += 8) {
+      uint64_t mask = 0;
+      memcpy(&mask, bitmap + byte, static_cast<size_t>(least(8, bytes - byte)));
+      for (; mask != 0; mask &= mask - 1)
+        columns[count++] = static_cast<uint32_t>(byte * 8 + __builtin_ctzll(mask));
+    }
+    return count;
+  }
+
+  const uint8_t *salient_codes(int64_t row, int64_t count, uint8_t *codes) const {
+    const int64_t start = w.salient_starts[row];
+    if (w.salient_bits == 8) return w.salient_codes + start;
+    const unsigned mask = (1u << w.salient_bits) - 1;
+    int64_t bit = start * w.salient_bits;
+    for (int64_t e = 0; e < count; e++, bit += w.salient_bits) {
+      const uint8_t *byte = w.salient_codes + bit / 8;
+      const int64_t in_byte = bit % 8;
+      unsigned code = byte[0] >> in_byte;
+      if (in_byte + w.salient_bits > 8) code |= static_cast<unsigned>(byte[1]) << (8 - in_byte);
+      codes[e] = static_cast<uint8_t>(code & mask);
+    }
+    return codes;
+  }
+
+  void salient_rows(uint32_t *columns, uint8_t *scratch_codes, const float *values, bool integers, int first_plane,
+                    int last_plane, bool whole, bool input_shift) {
+    const int64_t end_row = least(last * 16, w.rows);
+    for (int64_t row = first * 16; row < end_row; row++) {
+      const int64_t count = salient_columns(row, columns);
+      const uint8_t *codes = whole ? salient_codes(row, count, scratch_codes) : nullptr;
+      const int32_t zero = w.salient_zeros[row];
+      float result[T], factor[T];
+      double weighted[T] = {};
+      for (int t = 0; t < T; t++) {
+        result[t] = y[cell(row / 16, t) + row % 16];
+        factor[t] = !integers ? 1 : whole ? x_step[t] : step[t];
+      }
+      int64_t e = 0;
+      for (int64_t group = 0; group < w.groups && e < count; group++) {
+        const int64_t begin = e;
+        if (w.groups == 1) e = count;
+        else
+          while (e < count && columns[e] < (group + 1) * width) e++;
+        if (e == begin) continue;
+        double plain[T] = {};
+        for (int64_t piece = begin; piece < e; piece += 64) {
+          float some[T] = {}, sums[T] = {};
+          if (whole) sum_entries<true>(columns, codes, zero, values, piece, least(piece + 64, e), some, sums);
+          else sum_entries<false>(columns, codes, zero, values, piece, least(piece + 64, e), some, sums);
+          for (int t = 0; t < T; t++) {
+            plain[t] += some[t];
+            weighted[t] += sums[t];
+          }
+        }
+        float coefficient = 0;
+        const int64_t block = row / 16, lane = row % 16;
+        for (int p = first_plane; p < last_plane; p++)
+          coefficient += w.scale_rows ? load(w.scale, ((p * blocks + block) * w.groups + group) * 16 + lane, w.float_type)
+                                      : load(w.scale, p * w.groups + group, w.float_type);
+        if (whole && w.shift != nullptr)
+          coefficient -= load(w.shift, (block * w.groups + group) * 16 + lane, w.float_type);
+        if (input_shift) coefficient -= 1;
+        for (int t = 0; t < T; t++) result[t] += static_cast<float>(plain[t]) * (coefficient * factor[t]);
+      }
+      const float scale = load(w.salient_scale, row, w.float_type);
+      for (int t = 0; t < T; t++)
+        y[cell(row / 16, t) + row % 16] =
+            whole ? result[t] + static_cast<float>(weighted[t]) * (scale * factor[t]) : result[t];
+    }
+  }
+
+  // Σ v and Σ (code − zero)·v over at most 64 entries [begin, end) of a row: few, so that floats lose little and the
+  // integers of int8 nothing (64·255·127 < 2²⁴).
+  template <bool CODES>
+  static void sum_entries(const uint32_t *columns, const uint8_t *codes, int32_t zero, const float *values,
+                          int64_t begin, int64_t end, float *plain, float *weighted) {
+    if (T == 1) {
+      float p[4] = {}, s[4] = {};
+      int64_t e = begin;
+      for (; e + 4 <= end; e += 4)
+        for (int i = 0; i < 4; i++) {
+          const float v = values[columns[e + i]];
+          p[i] += v;
+          if (CODES) s[i] += v * static_cast<float>(codes[e + i] - zero);
+        }
+      for (; e < end; e++) {
+        const float v = values[columns[e]];
+        p[0] += v;
+        if (CODES) s[0] += v * static_cast<float>(codes[e] - zero);
+      }
+      plain[0] += (p[0] + p[1]) + (p[2] + p[3]);
+      if (CODES) weighted[0] += (s[0] + s[1]) + (s[2] + s[3]);
+      return;
+    }
+    for (int64_t e = begin; e < end; e++) {
+      const float *v = values + static_cast<int64_t>(columns[e]) * T;
+      const float code = CODES ? static_cast<float>(codes[e] - zero) : 0;
+      for (int t = 0; t < T; t++) {
+        plain[t] += v[t];
+        if (CODES) weighted[t] += v[t] * code;
+      }
+    }
+  }
+};
+
+template <int T, bool INT8>
+int tiles(const signbit_matrix &w, const signbit_call &call, const Input &input, const Part &part, int64_t token) {
+  Tile<T, INT8> tile(w, call, input, part);
+  for (; token + T <= part.last_token; token += T)
+    if (!tile.run(token)) return SIGNBIT_NO_MEMORY;
+  constexpr int NEXT = T > 8 ? 8 : T / 2;
+  if constexpr (NEXT > 0) return tiles<NEXT, INT8>(w, call, input, part, token);
+  return SIGNBIT_OK;
+}
+
+int linear(const signbit_matrix &w, const signbit_call &call, const Input &input, const Part &part) {
+  if (call.activations == SIGNBIT_INT8) return tiles<Isa::INT8_TOKENS, true>(w, call, input, part, part.first_token);
+  return tiles<Isa::EXACT_TOKENS, false>(w, call, input, part, part.first_token);
+}
+
+// Rows of an int8 matrix that stay in the second-level cache while all tokens pass.
+constexpr int64_t PANEL_BYTES = 256 * 1024;
+
+template <int R, int T>
+void float_dots(const int8_t *codes, int64_t columns, const float *x, int64_t padded, float (&sums)[R][T]) {
+  vf acc[R][T] = {};
+  int64_t k = 0;
+  for (; k + 16 <= columns; k += 16) {
+    vf c[R];
+    for (int r = 0; r < R; r++) c[r] = __builtin_convertvector(vload<vb>(codes + r * columns + k), vf);
+    for (int t = 0; t < T; t++) {
+      const vf v = vload<vf>(x + t * padded + k);
+      for (int r = 0; r < R; r++) acc[r][t] += c[r] * v;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) {
+      sums[r][t] = total(acc[r][t]);
+      for (int64_t i = k; i < columns; i++) sums[r][t] += static_cast<float>(codes[r * columns + i]) * x[t * padded + i];
+    }
+}
+
+template <int R, int T>
+void integer_dots(const int8_t *codes, int64_t columns, const int8_t *q, int64_t padded, float (&sums)[R][T]) {
+  int32_t whole[R][T] = {};
+  const int64_t most = columns / 64 * 64;
+  Isa::template dot<R, T>(codes, columns, q, padded, most, whole);
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) {
+      for (int64_t k = most; k < columns; k++) whole[r][t] += codes[r * columns + k] * q[t * padded + k];
+      sums[r][t] = static_cast<float>(whole[r][t]);
+    }
+}
+
+template <int R, int T>
+void int8_tile(const signbit_int8_matrix &w, bool integers, const float *x, const int8_t *q, const float *step,
+               int64_t padded, int64_t row, int64_t token, int64_t first, int64_t count, float *y) {
+  float sums[R][T];
+  const int8_t *codes = w.codes + row * w.columns;
+  if (integers) integer_dots<R, T>(codes, w.columns, q + token * padded, padded, sums);
+  else float_dots<R, T>(codes, w.columns, x + token * padded, padded, sums);
+  for (int r = 0; r < R; r++) {
+    const float scale = load(w.scale, row + r, w.float_type);
+    for (int t = 0; t < T; t++) y[(token + t) * count + row + r - first] = sums[r][t] * (scale * step[token + t]);
+  }
+}
+
+template <int R>
+void int8_rows(const signbit_int8_matrix &w, bool integers, const float *x, const int8_t *q, const float *step,
+               int64_t padded, int64_t row, int64_t tokens, int64_t first, int64_t count, float *y) {
+  int64_t token = 0;
+  for (; token + Isa::HEAD_TOKENS <= tokens; token += Isa::HEAD_TOKENS)
+    int8_tile<R, Isa::HEAD_TOKENS>(w, integers, x, q, step, padded, row, token, first, count, y);
+  for (; token < tokens; token++) int8_tile<R, 1>(w, integers, x, q, step, padded, row, token, first, count, y);
+}
+
+int int8_linear(const signbit_int8_matrix &w, const signbit_call &call, const Input &input, const Part &part) {
+  const bool integers = call.activations == SIGNBIT_INT8;
+  const int64_t tokens = part.last_token - part.first_token;
+  const int64_t padded = (w.columns + 31) / 32 * 32, panel = PANEL_BYTES / padded / 4 * 4 + 4;
+  const int64_t wide = least(panel, part.last_row - part.first_row);
+  void *piece = scratch(static_cast<size_t>(
+      Memory::bytes<float>(tokens * padded) + Memory::bytes<int8_t>(tokens * padded) + Memory::bytes<float>(tokens) +
+      Memory::bytes<float>(tokens * wide) + Memory::bytes<int32_t>(padded / 32 + 1)));
+  if (piece == nullptr) return SIGNBIT_NO_MEMORY;
+  Memory memory{static_cast<char *>(piece)};
+  float *x = memory.take<float>(tokens * padded);
+  int8_t *q = memory.take<int8_t>(tokens * padded);
+  float *step = memory.take<float>(tokens), *y = memory.take<float>(tokens * wide);
+  int32_t *sums = memory.take<int32_t>(padded / 32 + 1);
+  for (int64_t t = 0; t < tokens; t++) {
+    read_token(call, input.x, (part.first_token + t) * input.stride, w.columns, padded, x + t * padded);
+    step[t] = integers ? quantize_token<false>(x + t * padded, padded, q + t * padded, sums) : 1;
+  }
+  for (int64_t first = part.first_row; first < part.last_row; first += wide) {
+    const int64_t last = least(first + wide, part.last_row), count = last - first;
+    int64_t row = first;
+    for (; row + Isa::HEAD_ROWS <= last; row += Isa::HEAD_ROWS)
+      int8_rows<Isa::HEAD_ROWS>(w, integers, x, q, step, padded, row, tokens, first, count, y);
+    for (; row < last; row++) int8_rows<1>(w, integers, x, q, step, padded, row, tokens, first, count, y);
+    for (int64_t t = 0; t < tokens; t++)
+      write_token(call, input, part.first_token + t, w.rows, first, last, y + t * count);
+  }
+  return SIGNBIT_OK;
+}

@@ -1,0 +1,65 @@
+"""The order in which the CPU kernels stream a matrix, made once from the stored row-major bits, and back.
+
+A block is 16 rows (one lane each), a word 32 columns, a chunk 32 words:
+signs become int32 [planes, chunk, block, word of the chunk, 16 rows] flattened, so that a thread reads its share of a
+chunk in one piece; scale and shift become […, block, G, 16]. Rows and columns beyond N and K are 0. Nothing is lost,
+so that the stored form need not be kept beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ROWS = 16
+WORD_COLUMNS = 32
+CHUNK_WORDS = 32
+
+
+def lay_signs(signs: Tensor, in_features: int) -> Tensor:
+    """Stored signs uint8 [planes, N, ceil(K/8)] in the kernels' order: int32, one dimension."""
+    planes, rows, width = signs.shape
+    blocks, words = -(-rows // BLOCK_ROWS), -(-in_features // WORD_COLUMNS)
+    padded = F.pad(signs, (0, words * 4 - width, 0, blocks * BLOCK_ROWS - rows)).contiguous()
+    rows_first = padded.view(torch.int32).reshape(planes, blocks, BLOCK_ROWS, words)
+    out = torch.empty(planes, words * blocks * BLOCK_ROWS, dtype=torch.int32, device=signs.device)
+    for start, count, piece in _chunks(words, blocks):
+        chunk = rows_first[..., start : start + count].transpose(2, 3)  # [planes, blocks, count, 16]
+        out[:, piece].view(planes, blocks, count, BLOCK_ROWS).copy_(chunk)
+    return out.view(-1)
+
+
+def stored_signs(laid: Tensor, planes: int, rows: int, in_features: int) -> Tensor:
+    """The inverse of `lay_signs`."""
+    blocks, words = -(-rows // BLOCK_ROWS), -(-in_features // WORD_COLUMNS)
+    out = torch.empty(planes, blocks, BLOCK_ROWS, words, dtype=torch.int32, device=laid.device)
+    for start, count, piece in _chunks(words, blocks):
+        chunk = laid.view(planes, -1)[:, piece].view(planes, blocks, count, BLOCK_ROWS)
+        out[..., start : start + count].copy_(chunk.transpose(2, 3))
+    stored = out.view(planes, blocks * BLOCK_ROWS, words).view(torch.uint8)
+    return stored[:, :rows, : -(-in_features // 8)].contiguous()
+
+
+def lay_rows(values: Tensor) -> Tensor:
+    """A scale or shift [..., N, G] as [..., block, G, 16]."""
+    *lead, rows, groups = values.shape
+    blocks = -(-rows // BLOCK_ROWS)
+    padded = F.pad(values, (0, 0, 0, blocks * BLOCK_ROWS - rows))
+    return padded.reshape(*lead, blocks, BLOCK_ROWS, groups).transpose(-1, -2).contiguous()
+
+
+def stored_rows(laid: Tensor, rows: int) -> Tensor:
+    """The inverse of `lay_rows`."""
+    *lead, blocks, groups, lanes = laid.shape
+    return laid.transpose(-1, -2).reshape(*lead, blocks * lanes, groups)[..., :rows, :].contiguous()
+
+
+def _chunks(words: int, blocks: int) -> list[tuple[int, int, slice]]:
+    """First word, number of words, and where the chunk's int32s lie in a plane."""
+    pieces = []
+    for start in range(0, words, CHUNK_WORDS):
+        count = min(CHUNK_WORDS, words - start)
+        begin = start * blocks * BLOCK_ROWS
+        pieces.append((start, count, slice(begin, begin + count * blocks * BLOCK_ROWS)))
+    return pieces

@@ -1,0 +1,169 @@
+"""What is the CPU kernels' own: their layout, the choice of an instruction set, sizes beyond a tile, threads, forks."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tests.laws import cases, laws
+
+from signbit import bits
+from signbit.errors import OptionError
+from signbit.ops import BACKENDS, cpu, layout, reference
+
+needs_kernels = pytest.mark.skipif(isinstance(cpu.library(), str), reason=f"no CPU kernels: {cpu.library()}")
+KERNELS = [name for name in BACKENDS if name != "reference"]
+
+
+def in_process(code, **variables):
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 1000, 1024, 1025, 2304])
+def test_the_layout_loses_nothing(rows, columns):
+    signs = bits.pack_signs(torch.randn(2, rows, columns))
+    laid = layout.lay_signs(signs, columns)
+    assert torch.equal(layout.stored_signs(laid, 2, rows, columns), signs)
+    values = torch.randn(2, rows, 3)
+    assert torch.equal(layout.stored_rows(layout.lay_rows(values), rows), values)
+
+
+def test_a_word_of_the_layout_is_32_columns_of_one_row():
+    signs = torch.full((1, 18, 1100), -1.0)
+    signs[0, 17, 1024 + 35] = 1  # chunk 1, word 1 of its 3, block 1 of 2, lane 1, bit 3
+    laid = layout.lay_signs(bits.pack_signs(signs), 1100)
+    place = 2 * 32 * 16 + (1 * 3 + 1) * 16 + 1
+    assert laid.nonzero().tolist() == [[place]]
+    assert laid[place] == 1 << 3
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", cases.TERMS)
+def test_prepared_operands_come_back(kind):
+    w = cases.make(kind, 40, 1100)
+    stored = cpu.prepare(w.operands()).stored()
+    for name, before, after in zip(stored._fields, w.operands(), stored, strict=True):
+        if name == "signs" and w.salient is not None:
+            continue  # bits under salient positions mean nothing and become 0
+        same = torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
+        assert same, name
+    assert torch.equal(bits.dense(stored), w.to_dense())
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("kind", ["row", "group", "salient_bitmap", "all"])
+def test_sizes_beyond_a_tile(isa, kind):
+    w = cases.make(kind, 70, 2304)
+    for tokens in (1, 2, 3, 7, 12, 29):
+        laws.law_random(BACKENDS[isa], w, torch.float32, tokens=tokens)
+        laws.law_int8(BACKENDS[isa], w, torch.bfloat16, tokens=tokens)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", KERNELS)
+def test_norms_and_bias_are_those_of_torch(isa):
+    w, bias = cases.make("group", 40, 128), torch.randn(40)
+    x = torch.randn(5, 128)
+    for norm_in in ("none", "rms", "layer"):
+        for norm_out in ("none", "layer"):
+            u = x
+            if norm_in == "rms":
+                u = torch.nn.functional.rms_norm(x, (128,), eps=1e-5)
+            elif norm_in == "layer":
+                u = torch.nn.functional.layer_norm(x, (128,), eps=1e-5)
+            want = u @ w.to_dense().T
+            if norm_out == "layer":
+                want = torch.nn.functional.layer_norm(want, (40,), eps=1e-5)
+            got = cpu.linear(x, cpu.prepare(w.operands()), "exact", bias, norm_in, 1e-5, norm_out, 1e-5, isa)
+            assert (got - want - bias).abs().max() <= 1e-5 * want.abs().max()
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_activation_that_is_not_finite_shows(isa, bad):
+    x = torch.randn(2, 96)
+    x[0, 5] = bad
+    y = BACKENDS[isa].binary_linear(x, cases.make("row").operands(), "int8")
+    assert bool(y[0].isnan().all()) and bool(y[1].isfinite().all())
+
+
+@needs_kernels
+def test_python_threads_agree():
+    w = cpu.prepare(cases.make("group", 300, 1152).operands())
+    x = torch.randn(3, 1152)
+    isa = KERNELS[0]
+    want = cpu.linear(x, w, "int8", isa=isa)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: cpu.linear(x, w, "int8", isa=isa), range(400)))
+    assert all(torch.equal(result, want) for result in results)
+
+
+@needs_kernels
+def test_a_forked_child_multiplies():
+    code = """
+import os, torch
+torch.set_num_threads(2)
+from signbit.ops import cpu
+from tests.laws import cases
+w = cpu.prepare(cases.make("row", 300, 1088).operands())
+isa = next(iter(cpu.library().runs))
+x = torch.randn(3, 1088)
+want = cpu.linear(x, w, "exact", isa=isa)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(2)
+    os._exit(0 if torch.equal(cpu.linear(x, w, "exact", isa=isa), want) else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(cpu.linear(x, w, "exact", isa=isa), want)
+"""
+    done = in_process(code, PYTHONPATH=os.getcwd())
+    assert done.returncode == 0, done.stderr
+
+
+@needs_kernels
+def test_the_variable_names_the_instruction_set():
+    code = "from signbit.ops import explain; c = explain()[0]; print(c.backend, c.reason)"
+    for isa in KERNELS:
+        assert in_process(code, SIGNBIT_CPU=isa).stdout.startswith(f"{isa} SIGNBIT_CPU asks for it; checked")
+    assert in_process(code, SIGNBIT_CPU="reference").stdout.startswith("reference ")
+    wrong = in_process(code, SIGNBIT_CPU="sse9").stderr
+    assert "SIGNBIT_CPU is 'sse9'; this processor runs" in wrong and KERNELS[-1] in wrong
+
+
+@needs_kernels
+def test_a_kernel_that_fails_its_check_is_not_chosen(monkeypatch):
+    monkeypatch.setenv(cpu.VARIABLE, KERNELS[0])
+    monkeypatch.setattr(reference, "binary_linear", lambda x, w, mode: torch.ones(3, 40))
+    cpu.selected.cache_clear()
+    try:
+        name, reason = cpu.selected()
+    finally:
+        cpu.selected.cache_clear()
+    assert name is None and "failed their check at load" in reason
+
+
+def test_without_kernels_a_name_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: "built without a compiler")
+    monkeypatch.setenv(cpu.VARIABLE, "avx2")
+    cpu.selected.cache_clear()
+    try:
+        with pytest.raises(OptionError, match="built without a compiler"):
+            cpu.selected()
+    finally:
+        cpu.selected.cache_clear()
+
+
+@needs_kernels
+def test_what_the_kernels_leave_to_the_reference_has_a_reason():
+    odd = cases.make("group", 24, 96).operands()
+    assert "no multiple of 32" in cpu.unsupported(odd, "exact")
+    assert "sign" in cpu.unsupported(cases.make("row").operands(), "sign")
+    assert cpu.unsupported(cases.make("group", 24, 128).operands(), "int8") is None
+    x = torch.randn(2, 96)
+    assert torch.equal(BACKENDS[KERNELS[0]].binary_linear(x, odd, "int8"), reference.binary_linear(x, odd, "int8"))
