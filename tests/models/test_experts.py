@@ -56,7 +56,8 @@ def test_saved_and_loaded(family, keep, ids, tmp_path):
     want = model(ids).logits
     path = signbit.save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(path)
-    assert torch.equal(loaded(ids).logits, want)
+    # Dense experts that were kept lie elsewhere in memory after loading, and BLAS may sum by another path there.
+    assert (loaded(ids).logits - want).abs().max() <= (1e-6 if keep else 0)
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 

@@ -122,7 +122,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 assert torch.equal(cpu.linear(x, w, "exact", isa=isa), want)
 """
-    done = in_process(code, PYTHONPATH=os.getcwd())
+    done = in_process(code, PYTHONPATH=os.pathsep.join([os.getcwd(), *sys.path]))
     assert done.returncode == 0, done.stderr
 
 
