@@ -1,0 +1,122 @@
+"""The CPU kernels beside torch's dense multiplication and ggml's Q1_0 kernel, in one run.
+
+    python -m benchmarks.kernels_cpu --shapes 4096x4096 --threads 1 2 --json kernels.json
+
+A row is one matrix form (a scale a row, or one for 128 columns) times 1 token (decode) or 128 (prefill), in
+microseconds. Each call takes the next of several matrices, so that weights come from memory as they do in a model.
+Nothing is timed that is not correct: every matrix form is compared with the reference first. Measure on an idle
+machine: the threads of ggml wait for each other busily and lose most when disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.ggml import BLOCK, Ggml
+from benchmarks.rows import Row, lower_is_better, show
+from signbit.bits import unpack_signs
+from signbit.ops import cpu, reference
+from signbit.weight import BinaryWeight
+
+# So many bytes of packed bits are cycled through: more than a core's second-level cache.
+CYCLED_BYTES = 16 << 20
+
+
+def seconds(call: Callable[[int], Any], runs: int) -> float:
+    """Median of `runs` calls, after a fifth of them unmeasured."""
+    times = []
+    for run in range(-runs // 5, runs):
+        began = time.perf_counter()
+        call(run)
+        if run >= 0:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def check(weight: BinaryWeight, prepared: cpu.Prepared, isa: str, x: torch.Tensor) -> None:
+    """Ends the run unless the kernel gives what the reference gives."""
+    for mode, allowed in (("exact", 3e-6), ("int8", 1e-5)):
+        want = reference.binary_linear(x, weight.operands(), mode)
+        error = (cpu.linear(x, prepared, mode, isa=isa) - want).abs().max() / want.abs().max()
+        if not error <= allowed:
+            raise SystemExit(f"{isa}, {mode}: {error:.2g} off the reference; nothing is timed")
+
+
+def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml) -> list[Row]:
+    """All rows of one shape, form and number of threads."""
+    torch.set_num_threads(threads)
+    count = max(2, CYCLED_BYTES * 8 // (rows * columns))
+    groups = columns // group if group > 0 else 1
+    weights = [
+        BinaryWeight.from_signs(torch.randn(rows, columns), torch.rand(1, rows, groups).half() + 0.1)
+        for _ in range(count)
+    ]
+    prepared = [cpu.prepare(weight.operands()) for weight in weights]
+    blocks = columns // BLOCK
+    q1 = [
+        ggml.q1_0(
+            unpack_signs(w.signs[0], columns).numpy() > 0,
+            w.scale[0].float().repeat_interleave(blocks // groups, dim=1).numpy(),
+        )
+        for w in weights
+    ]
+    found = []
+    form = f"{rows}×{columns}, {'row scale' if groups == 1 else f'group {group}'}, {threads} threads"
+    for tokens, name in ((1, "decode"), (128, "prefill")):
+        x = torch.randn(tokens, columns)
+        check(weights[0], prepared[0], isa, x)
+        runners = [matrix.runner(tokens, threads) for matrix in q1]
+        theirs = runners[0](x.numpy())
+        off = np.abs(theirs - reference.binary_linear(x, weights[0].operands(), "exact").numpy()).max()
+        if not off <= 0.03 * np.abs(theirs).max():
+            raise SystemExit(f"ggml is {off:.2g} off the reference; nothing is timed")
+        runs = 60 if tokens == 1 else 8
+        peers = {"ggml Q1_0": seconds(lambda i, r=runners: r[i % count](), runs)}
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs, dense = x.to(dtype), [torch.randn(rows, columns, dtype=dtype) for _ in range(min(count, 4))]
+            peers[f"torch {str(dtype).removeprefix('torch.')}"] = seconds(
+                lambda i, u=inputs, d=dense: F.linear(u, d[i % len(d)]), runs
+            )
+        for mode in ("int8", "exact"):
+            ours = seconds(lambda i, u=x, m=mode: cpu.linear(u, prepared[i % count], m, isa=isa), runs)
+            found += [
+                lower_is_better(f"{name} {mode}, {form}", 1e6 * ours, peer, 1e6 * s, "µs") for peer, s in peers.items()
+            ]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "2048x2048", "5632x2048", "11008x4096"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--isa", help="instruction set; the best that runs unless named")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    library = cpu.library()
+    if isinstance(library, str):
+        raise SystemExit(f"there are no kernels: {library}")
+    isa = args.isa or next(iter(library.runs))
+    if isa not in library.runs:
+        raise SystemExit(f"--isa is {isa}; this processor runs {', '.join(library.runs)}")
+    ggml = Ggml.build()
+    print(f"{isa}, torch {torch.__version__}, ggml of llama-cpp-python {ggml.version}")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    rows = [
+        row
+        for (n, k), group, threads in itertools.product(shapes, (-1, 128), args.threads)
+        for row in measure(n, k, group, threads, isa, ggml)
+    ]
+    show(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
