@@ -1,6 +1,6 @@
 // The C interface of signbit's CPU kernels: y = norm_out(W · norm_in(x)) + bias on packed bits, and int8 matrices.
 //
-// Plain C, no torch: Python loads the library with ctypes (src/signbit/ops/cpu.py), replay.cpp without Python.
+// Plain C, no torch: Python loads the library with ctypes (src/signbit/ops/cpu.py).
 // Dims: N rows, K columns, G groups of K/G columns, P planes. A "block" is 16 rows, a "word" 32 columns, a "chunk"
 // 32 words. Layouts of what the kernels stream (src/signbit/ops/layout.py makes them from the stored form):
 //   signs   uint32 [planes][chunk][block][word of the chunk][16 rows], bit k of a word is column 32·word + k, 1 = +1;
