@@ -21,21 +21,23 @@ struct Entry {
 };
 
 #if defined(__x86_64__)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+// Compilers know the names of some features only lately, so those are read from the processor.
+bool has_f16c() {
+  unsigned a = 1, b, c = 0, d;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return c >> 29 & 1;
 }
-bool has_avxvnni();
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+bool has_avxvnni() {
+  unsigned a = 7, b, c = 1, d; // leaf 7.1
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return has_avx2() && (a >> 4 & 1);
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2");
-}
-// Compilers know the name of this one only lately, so it is read from the processor: leaf 7.1, EAX bit 4.
-bool has_avxvnni() {
-  unsigned a = 7, b, c = 1, d;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return has_avx2() && __builtin_cpu_supports("avx2") && (a >> 4 & 1);
 }
 #endif
 bool always() { return true; }
@@ -122,10 +124,10 @@ const char *signbit_features(void) {
 #if defined(__x86_64__)
 #define SIGNBIT_FEATURE(name) \
   if (__builtin_cpu_supports(name)) found += name " ";
-    SIGNBIT_FEATURE("sse4.2") SIGNBIT_FEATURE("avx2") SIGNBIT_FEATURE("fma") SIGNBIT_FEATURE("f16c")
+    SIGNBIT_FEATURE("sse4.2") SIGNBIT_FEATURE("avx2") SIGNBIT_FEATURE("fma")
     SIGNBIT_FEATURE("avx512f") SIGNBIT_FEATURE("avx512bw") SIGNBIT_FEATURE("avx512vl") SIGNBIT_FEATURE("avx512dq")
     SIGNBIT_FEATURE("avx512vnni") SIGNBIT_FEATURE("avx512vbmi") SIGNBIT_FEATURE("avx512vbmi2")
-    SIGNBIT_FEATURE("avx512bf16")
+    if (has_f16c()) found += "f16c ";
     if (has_avxvnni()) found += "avxvnni ";
 #elif defined(__aarch64__)
     found = "neon dotprod ";

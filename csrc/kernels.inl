@@ -94,13 +94,15 @@ inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *
     memset(sums, 0, static_cast<size_t>(padded / 32 + 1) * 4);
     return invalid;
   }
-  // Adding 1.5·2²³ leaves no bits for a fraction, rounded half to even.
+  // Adding 1.5·2²³ leaves no bits for a fraction, rounded half to even. Unsigned, for gcc 12 with -fsanitize=
+  // signed-integer-overflow -fno-sanitize-recover loses a vector subtraction here (clang does not).
   const float magic = 12582912.0f;
+  const vu base = reinterpret_cast<vu>(splat(magic));
   sums[0] = 0;
   for (int64_t k = 0; k < padded; k += 32) {
     const vf low = vload<vf>(u + k) * 127.0f / a, high = vload<vf>(u + k + 16) * 127.0f / a;
-    const vi i = reinterpret_cast<vi>(low + magic) - reinterpret_cast<vi>(splat(magic));
-    const vi j = reinterpret_cast<vi>(high + magic) - reinterpret_cast<vi>(splat(magic));
+    const vi i = reinterpret_cast<vi>(reinterpret_cast<vu>(low + magic) - base);
+    const vi j = reinterpret_cast<vi>(reinterpret_cast<vu>(high + magic) - base);
     const vb first = __builtin_convertvector(i, vb), second = __builtin_convertvector(j, vb);
     vb2 bytes;
     if (BIT_ORDER)

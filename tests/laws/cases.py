@@ -15,7 +15,7 @@ def _salient(n, k, share, bits=8, dtype=torch.float16):
     )
 
 
-def make(kind, n=24, k=96, dtype=torch.float16):
+def make(kind, n=24, k=128, dtype=torch.float16):
     """A random weight of one kind; float parts in `dtype`."""
     signs = torch.randn(n, k)
 
@@ -63,11 +63,11 @@ def make(kind, n=24, k=96, dtype=torch.float16):
 _RTN = {"gptq": False, "saliency": "magnitude"}
 METHOD_CASES = {
     "absmean": ("absmean", {}),
-    "absmean_g": ("absmean", {"group": 24}),
+    "absmean_g": ("absmean", {"group": 32}),
     "pbllm": ("pbllm", {"salient": 0.1}),
     "pbllm_rtn": ("pbllm", {**_RTN, "salient": 0.1}),
-    "pb_gptq": ("pb-gptq", {"salient": 0.3, "group": 24}),
-    "pbllm_g": ("pbllm", {**_RTN, "salient": 0.3, "group": 24, "salient_bits": 4}),
+    "pb_gptq": ("pb-gptq", {"salient": 0.3, "group": 32}),
+    "pbllm_g": ("pbllm", {**_RTN, "salient": 0.3, "group": 32, "salient_bits": 4}),
     "pbllm_masked": ("pbllm", {**_RTN, "salient": 0.3, "scale_over": "binarized"}),
     "pbllm_3bit": ("pbllm", {**_RTN, "low": "3bit", "salient": 0.02}),
     "pbllm_sign": ("pbllm", {**_RTN, "low": "sign"}),
