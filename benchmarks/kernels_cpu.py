@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from benchmarks.ggml import BLOCK, Ggml
 from benchmarks.rows import Row, lower_is_better, show
 from signbit.bits import unpack_signs
-from signbit.ops import cpu, reference
+from signbit.ops import cpu, native, reference
 from signbit.weight import BinaryWeight
 
 # So many bytes of packed bits are cycled through: more than a core's second-level cache.
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--isa", help="instruction set; the best that runs unless named")
     parser.add_argument("--json")
     args = parser.parse_args()
-    library = cpu.library()
+    library = native.library()
     if isinstance(library, str):
         raise SystemExit(f"there are no kernels: {library}")
     isa = args.isa or next(iter(library.runs))

@@ -137,7 +137,7 @@ def reference_norm(x, norm, eps):
 def test_the_layer_is_norm_weight_norm_bias(norm_in, norm_out):
     w, bias = cases.make("group"), torch.randn(24)
     layer = PackedLinear(w, bias, norm_in, 1e-3, 0, norm_out, 1e-4)
-    x = torch.randn(2, 3, 96)
+    x = torch.randn(2, 3, 128)
     y = reference_norm(x, norm_in, 1e-3) @ w.to_dense().T
     if norm_out == "batch_absmax":
         y = (y * 128 / (y.abs().max() + 1e-5)).clamp(-128 + 1e-5, 128 - 1e-5)
@@ -147,14 +147,14 @@ def test_the_layer_is_norm_weight_norm_bias(norm_in, norm_out):
 
 
 def test_onebit_rows_have_mean_0_and_variance_1():
-    y = PackedLinear(cases.make("in_scale"), norm_out="layer")(torch.randn(7, 96))
+    y = PackedLinear(cases.make("in_scale"), norm_out="layer")(torch.randn(7, 128))
     assert y.mean(-1).abs().max() < 1e-5
     assert (y.var(-1, unbiased=False) - 1).abs().max() < 1e-3
 
 
 def test_activation_bits():
     w = cases.make("row")
-    x = torch.randn(4, 96)
+    x = torch.randn(4, 128)
     exact = PackedLinear(w)(x)
     eight = PackedLinear(w, act_bits=8)
     one = PackedLinear(w, act_bits=1)
@@ -172,8 +172,8 @@ def test_activation_bits():
 def test_zeros_and_tiny_inputs_in_int8():
     layer = PackedLinear(cases.make("all"))
     set_activations(layer, "int8")
-    assert torch.equal(layer(torch.zeros(2, 96)), torch.zeros(2, 24))
-    assert torch.isfinite(layer(torch.full((2, 96), 1e-30))).all()
+    assert torch.equal(layer(torch.zeros(2, 128)), torch.zeros(2, 24))
+    assert torch.isfinite(layer(torch.full((2, 128), 1e-30))).all()
 
 
 def test_a_chain_of_two_is_their_product():
@@ -211,12 +211,12 @@ def test_casting_a_layer_keeps_what_is_stored():
     assert layer.bias.dtype is torch.bfloat16
     for name, buffer in layer.named_buffers():
         assert torch.equal(buffer, before[name])
-    assert layer(torch.randn(2, 96, dtype=torch.bfloat16)).dtype is torch.bfloat16
+    assert layer(torch.randn(2, 128, dtype=torch.bfloat16)).dtype is torch.bfloat16
     assert layer.to("meta").scale.is_meta
 
 
 def test_the_input_must_have_k_columns():
-    with pytest.raises(ShapeError, match=r"\[2, 95\]; this layer takes \[\.\.\., 96\]"):
+    with pytest.raises(ShapeError, match=r"\[2, 95\]; this layer takes \[\.\.\., 128\]"):
         PackedLinear(cases.make("row"))(torch.randn(2, 95))
 
 
@@ -249,7 +249,8 @@ def test_int8_codes():
 
 def test_explain_says_which_backend_and_why():
     from signbit import explain
+    from signbit.ops import BACKENDS
 
     choices = explain("cpu")
     assert {c.op for c in choices} == {"binary_linear", "int8_linear"}
-    assert all(c.backend == "reference" and c.reason for c in choices)
+    assert all(c.backend in BACKENDS and c.reason for c in choices)

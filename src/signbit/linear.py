@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -136,6 +137,14 @@ _TENSORS = (
 )  # fmt: skip
 
 
+#: Two threads may meet in the first inference.
+_preparing = threading.Lock()
+
+
+def _prepared_name(name: str, place: int) -> str:
+    return f"prepared_{name}_{place}"
+
+
 def _tensor_name(name: str, place: int) -> str:
     """The first weight's tensors have plain names; `weight` so that a plain nn.Linear refuses its shape."""
     return name if place == 0 else f"{name}_{place}"
@@ -184,13 +193,18 @@ class PackedLinear(nn.Module):
         for place, weight in enumerate(chain):
             for name, tensor in zip(_TENSORS, weight.operands()[:-2], strict=True):
                 self.register_buffer(_tensor_name(name, place), tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", frozen)
         self.norm_in: NormIn = norm_in
         self.norm_in_eps = norm_in_eps
         self.act_bits = act_bits
         self.norm_out: NormOut = norm_out
         self.norm_out_eps = norm_out_eps
         self.activations = "exact"
+        self._multiplies: Literal["undecided", "kernels", "reference"] = "undecided"
+        self._reason: str | None = None
+        self._shapes: list[list[int]] = []
+        self._multiplications: list[ops.Multiplication] = []
 
     @classmethod
     def from_spec(cls, spec: LayerSpec, variable: Mapping[str, int], dtype: torch.dtype, device: str) -> PackedLinear:
@@ -219,7 +233,80 @@ class PackedLinear(nn.Module):
             weights, bias, spec.norm_in, spec.norm_in_eps, spec.act_bits, spec.norm_out, spec.norm_out_eps
         )  # fmt: skip
 
+    def prepare(self) -> str | None:
+        """Brings the weights into the order that the kernels stream; returns why the reference multiplies, or None.
+
+        Loaders call it, and the first inference does. Nothing that is seen from outside changes: state_dict, `weights`
+        and the named tensors give the stored form, made again when they are asked for.
+        """
+        with _preparing:
+            if self._multiplies == "undecided":
+                self._reason = self._prepare()
+                self._multiplies = "kernels" if self._reason is None else "reference"
+        return self._reason
+
+    def _prepare(self) -> str | None:
+        if self.act_bits == 1:
+            return "signs of activations are left to the reference"
+        chain = []
+        for place in range(len(self._columns)):
+            operands = self._operands(place)
+            if operands.signs.is_meta:
+                return "the layer has no weights yet"
+            prepared = ops.prepare(operands, operands.signs.device)
+            if isinstance(prepared, str):
+                return prepared
+            chain.append(prepared)
+        for place, prepared in enumerate(chain):
+            for name in _TENSORS:
+                del self._buffers[_tensor_name(name, place)]
+            for name, tensor in zip(ops.Prepared._fields[:-1], prepared[:-1], strict=True):
+                self.register_buffer(_prepared_name(name, place), tensor, persistent=False)
+        self._shapes = [prepared.shape for prepared in chain]
+        return None
+
+    def _restore(self) -> None:
+        """Back to the stored form, which is what loads, moves and casts act on."""
+        chain = [self._operands(place) for place in range(len(self._columns))]
+        prepared, self._multiplies = self._multiplies == "kernels", "undecided"
+        self._multiplications = []
+        if not prepared:
+            return
+        for place, operands in enumerate(chain):
+            for name in ops.Prepared._fields[:-1]:
+                del self._buffers[_prepared_name(name, place)]
+            for name, tensor in zip(_TENSORS, operands[:-2], strict=True):
+                self.register_buffer(_tensor_name(name, place), tensor)
+
+    def _prepared(self, place: int) -> ops.Prepared:
+        tensors = [self._buffers[_prepared_name(name, place)] for name in ops.Prepared._fields[:-1]]
+        return ops.Prepared._make([*tensors, self._shapes[place]])
+
+    def __getattr__(self, name: str) -> Any:
+        # The stored tensors of a prepared layer are not there, but still have their names.
+        stem, _, place = name.rpartition("_")
+        stem, place = (stem, place) if place.isdigit() else (name, "0")
+        if stem in _TENSORS and self.__dict__.get("_multiplies") == "kernels" and int(place) < len(self._shapes):
+            return self._operands(int(place))[_TENSORS.index(stem)]
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_multiplications": []}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._multiplies == "kernels":
+            for place in range(len(self._shapes)):
+                for name, tensor in zip(_TENSORS, self._operands(place)[:-2], strict=True):
+                    if tensor is not None:
+                        destination[prefix + _tensor_name(name, place)] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._restore()
         # A scale is data, as the signs are: casting the model moves it but leaves its stored dtype.
         stored = {id(buffer) for buffer in self._buffers.values() if buffer is not None}
 
@@ -230,12 +317,14 @@ class PackedLinear(nn.Module):
         return super()._apply(move, recurse)
 
     def _operands(self, place: int) -> Operands:
-        tensors: list[Any] = [getattr(self, _tensor_name(name, place)) for name in _TENSORS]
+        if self._multiplies == "kernels":
+            return self._prepared(place).stored()
+        tensors: list[Any] = [self._buffers[_tensor_name(name, place)] for name in _TENSORS]
         return Operands._make([*tensors, self._salient_bits[place], self._columns[place]])
 
     @property
     def weights(self) -> tuple[BinaryWeight, ...]:
-        """The chain as values, sharing this layer's tensors."""
+        """The chain as values; they share this layer's tensors until it is prepared."""
         chain = []
         for place in range(len(self._columns)):
             w = self._operands(place)
@@ -271,19 +360,53 @@ class PackedLinear(nn.Module):
         return product
 
     def forward(self, x: Tensor) -> Tensor:
+        activations = {0: self.activations, 1: "sign", 8: "int8"}[self.act_bits]
+        compiling = torch.compiler.is_compiling()
+        if self._multiplies == "undecided" and not compiling:
+            self.prepare()
+        on_kernels = self._multiplies == "kernels" and x.dtype in ops.KERNEL_FLOATS and x.device.type == "cpu"
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if on_kernels and not needs_grad and self.norm_out != "batch_absmax":
+            return self._in_one_pass(x, activations, compiling or type(x) is not Tensor)
         if self.norm_in == "rms":
             x = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.norm_in_eps)).to(x.dtype)
         elif self.norm_in == "layer":
             x = F.layer_norm(x, (self.in_features,), eps=self.norm_in_eps)
-        activations = {0: self.activations, 1: "sign", 8: "int8"}[self.act_bits]
         for place in range(len(self._columns)):
-            x = ops.binary_linear(x, self._operands(place), activations)
+            if on_kernels:
+                x = ops.prepared_linear(x, self._prepared(place), activations)
+            else:
+                x = ops.binary_linear(x, self._operands(place), activations)
         if self.norm_out == "layer":
             x = F.layer_norm(x, (self.out_features,), eps=self.norm_out_eps)
         elif self.norm_out == "batch_absmax":
             limit = 128 - 1e-5
             x = (x * (128 / (x.abs().max() + 1e-5))).clamp(-limit, limit) if x.numel() else x
         return x if self.bias is None else x + self.bias
+
+    def _in_one_pass(self, x: Tensor, activations: str, as_op: bool) -> Tensor:
+        """The kernels' own way: norms and bias inside, and outside of a graph no dispatcher on the way."""
+        if as_op:
+            for place in range(len(self._columns)):
+                x = ops.prepared_linear(x, self._prepared(place), activations, *self._around(place))
+            return x
+        multiplications = self._multiplications
+        if not multiplications or multiplications[-1].bias is not self._parameters["bias"]:
+            places = range(len(self._columns))
+            multiplications = [ops.Multiplication(self._prepared(place), *self._around(place)) for place in places]
+            self._multiplications = multiplications
+        for multiply in multiplications:
+            x = multiply(x, activations)
+        return x
+
+    def _around(self, place: int) -> tuple[Any, ...]:
+        """Bias, norms and their eps, as far as they stand at one matrix of the chain."""
+        last = place == len(self._columns) - 1
+        return (
+            self.bias if last else None,
+            self.norm_in if place == 0 else "none", self.norm_in_eps, self.norm_out if last else "none",
+            self.norm_out_eps,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         per_weight = 8 * self.nbytes / (self.out_features * self.in_features)

@@ -75,6 +75,14 @@ class Salient:
         """Bytes of all tensors as they are stored."""
         return _tensor_bytes(self)
 
+    def bitmap(self, rows: int, columns: int) -> Tensor:
+        """The positions as uint8 [N, ceil(K/8)] in the layout of the signs, whichever form they are stored in."""
+        if self.counts is None:
+            return self.positions
+        mask = torch.zeros(rows * columns, dtype=torch.bool, device=self.positions.device)
+        mask[bits.unpack_positions(self.positions, self.counts, rows, columns)] = True
+        return bits.pack_signs(mask.view(rows, columns))
+
     def check(self, rows: int, columns: int) -> None:
         """Raises ShapeError unless this describes positions of a rows × columns matrix, one code each.
 
@@ -126,9 +134,15 @@ class BinaryWeight:
 
     @classmethod
     def from_signs(cls, values: Tensor, scale: Tensor, **parts: Tensor | Salient | None) -> BinaryWeight:
-        """Packs the signs of `values` (float or bool [N, K] or [P, N, K]; sign(0) = +1) beside the other parts."""
+        """Packs the signs of `values` (float or bool [N, K] or [P, N, K]; sign(0) = +1) beside the other parts.
+
+        The bits at salient positions, which mean nothing, are 0: kernels rely on it, and so one weight has one form.
+        """
         planes = values if values.ndim == 3 else values[None]
-        return cls(bits.pack_signs(planes), scale, values.shape[-1], **parts)  # type: ignore[arg-type]
+        signs, salient = bits.pack_signs(planes), parts.get("salient")
+        if isinstance(salient, Salient):
+            signs = signs & ~salient.bitmap(*planes.shape[1:])
+        return cls(signs, scale, values.shape[-1], **parts)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         _require(self.signs.dtype is torch.uint8, f"signs are packed in uint8, not {self.signs.dtype}")

@@ -55,7 +55,10 @@ def law_identity(backend, w, dtype, device="cpu"):
 
 
 def law_random(backend, w, dtype, device="cpu", magnitude=1.0, outliers=False, tokens=5):
-    """Against float64: the largest error is at most twice that of plain torch in the same dtype."""
+    """Against float64: the largest error is at most twice that of plain torch in the same dtype.
+
+    One float32 rounding beside that: where nearly all weights are 0, a scale that comes last is what errs most.
+    """
     x = torch.randn(tokens, w.in_features, device=device, dtype=torch.float64) * magnitude
     if outliers:
         x[:, ::17] *= 1e5 / magnitude
@@ -64,10 +67,10 @@ def law_random(backend, w, dtype, device="cpu", magnitude=1.0, outliers=False, t
     plain = F.linear(x, w.to_dense().to(dtype))
     with uninitialized_memory_is_nan():
         got = backend.binary_linear(x, w.operands(), "exact")
-    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).tiny
+    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
     error = (got.double() - exact).abs().max()
     assert not bool(torch.isnan(error)), "an output element was not written"
-    assert error <= allowed, f"error {error:.3g}, plain torch has {allowed / 2:.3g}"
+    assert error <= allowed, f"error {error:.3g}, {allowed:.3g} is allowed"
 
 
 def int8_by_definition(x, w):

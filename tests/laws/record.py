@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from signbit.linear import Int8Head
-from signbit.ops import cpu
+from signbit.ops import cpu, native
 from tests.laws import cases, laws
 
 SHAPES = ((24, 128), (40, 1000), (17, 32), (65, 2304))
@@ -38,7 +38,7 @@ class Writer:
         rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits = prepared.shape
         p = prepared
         matrix = (
-            rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, cpu._FLOATS[p.scale.dtype],
+            rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, native.FLOATS[p.scale.dtype],
             salient_bits,
         )  # fmt: skip
         tensors = (
@@ -79,8 +79,8 @@ def blob(content):
 
 def call(x, mode, norms=("none", "none"), bias=None):
     """How the matrix is applied."""
-    types = cpu._FLOATS[x.dtype], cpu._NORMS[norms[0]], cpu._NORMS[norms[1]]
-    bias_type = cpu._NO_BIAS if bias is None else cpu._FLOATS[bias.dtype]
+    types = native.FLOATS[x.dtype], native.NORMS[norms[0]], native.NORMS[norms[1]]
+    bias_type = native.NO_BIAS if bias is None else native.FLOATS[bias.dtype]
     return integers(int(mode == "int8"), *types, bias_type) + struct.pack("<2d", 1e-5, 1e-5)
 
 
@@ -113,9 +113,9 @@ def expected(w, x, mode, norms, bias):
     return want, slack
 
 
-def supported(w, mode):
+def supported(w):
     """Whether the kernels take this weight."""
-    return cpu.unsupported(w.operands(), mode) is None
+    return cpu.unsupported(w.operands()) is None
 
 
 def write(path):
@@ -128,9 +128,9 @@ def write(path):
             for place, tokens in enumerate(TOKENS):
                 x = torch.randn(tokens, k).to(DTYPES[place % 3])
                 for mode in ("exact", "int8"):
-                    if supported(w, mode):
+                    if supported(w):
                         writer.linear(kind, w, x, mode)
-    for place, norms in enumerate((a, b) for a in cpu._NORMS for b in ("none", "layer")):
+    for place, norms in enumerate((a, b) for a in native.NORMS for b in ("none", "layer")):
         for tokens in TOKENS[:3]:
             dtype = DTYPES[(place + tokens) % 3]
             x, w = torch.randn(tokens, 128).to(dtype), cases.make("all")

@@ -192,7 +192,7 @@ def test_gradient_of_the_input_is_that_of_the_dense_matrix(kind):
 
 def test_packed_parameters_take_no_gradient():
     layer = PackedLinear(cases.make("all"), torch.randn(24))
-    layer(torch.randn(2, 96, requires_grad=True)).sum().backward()
+    layer(torch.randn(2, 128, requires_grad=True)).sum().backward()
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
@@ -225,7 +225,7 @@ def test_opcheck_of_the_int8_head():
 def test_compiled_equals_eager(kind):
     torch._dynamo.reset()
     layer = PackedLinear(cases.make(kind), torch.randn(24), norm_in="rms", norm_out="layer")
-    x = torch.randn(3, 96)
+    x = torch.randn(3, 128)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), layer(x), atol=1e-6)
     codes, scale = Int8Embedding.quantize(torch.randn(5, 8))
@@ -236,7 +236,7 @@ def test_compiled_equals_eager(kind):
 def test_deterministic_and_arguments_unchanged():
     w = cases.make("all")
     copies = [t.clone() for t in w.operands() if isinstance(t, torch.Tensor)]
-    x = torch.randn(4, 96)
+    x = torch.randn(4, 128)
     first = binary_linear(x, w.operands(), "int8")
     assert torch.equal(first, binary_linear(x, w.operands(), "int8"))
     assert all(torch.equal(a, b) for a, b in zip(copies, (t for t in w.operands() if torch.is_tensor(t)), strict=True))
@@ -244,7 +244,7 @@ def test_deterministic_and_arguments_unchanged():
 
 @pytest.mark.parametrize("mode", ["exact", "int8"])
 def test_autocast_changes_nothing(mode):
-    w, x = cases.make("all"), torch.randn(4, 96)
+    w, x = cases.make("all"), torch.randn(4, 128)
     want = binary_linear(x, w.operands(), mode)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(binary_linear(x, w.operands(), mode), want)

@@ -1,6 +1,20 @@
 """Multiplication by packed bits: the ops (schema, fakes, gradients) and which backend runs them."""
 
-from signbit.ops.dispatch import ACTIVATION_MODES, BACKENDS, Choice, explain
-from signbit.ops.schema import binary_linear, int8_linear
+from signbit.ops.cpu import Multiplication, Prepared
+from signbit.ops.dispatch import ACTIVATION_MODES, BACKENDS, Choice, explain, prepare
+from signbit.ops.native import FLOATS as KERNEL_FLOATS
+from signbit.ops.schema import binary_linear, int8_linear, prepared_linear
 
-__all__ = ["ACTIVATION_MODES", "BACKENDS", "Choice", "binary_linear", "explain", "int8_linear"]
+__all__ = [
+    "ACTIVATION_MODES",
+    "BACKENDS",
+    "KERNEL_FLOATS",
+    "Choice",
+    "Multiplication",
+    "Prepared",
+    "binary_linear",
+    "explain",
+    "int8_linear",
+    "prepare",
+    "prepared_linear",
+]

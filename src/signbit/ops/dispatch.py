@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from signbit.ops import cpu, reference
+from signbit.bits import Operands
+from signbit.ops import cpu, native, reference
+from signbit.ops.cpu import Prepared
 
 #: How activations enter a layer: as floats, or as integers (`sign` only as a layer's own act_bits = 1).
 ACTIVATION_MODES = ("exact", "int8")
@@ -35,9 +38,11 @@ class Choice:
 
 def _backends() -> dict[str, Backend]:
     found = {"reference": Backend("reference", reference.binary_linear, reference.int8_linear)}
-    library = cpu.library()
+    library = native.library()
     for isa in () if isinstance(library, str) else library.runs:
-        found[isa] = Backend(isa, *cpu.backend_functions(isa))
+        found[isa] = Backend(
+            isa, functools.partial(cpu.binary_linear, isa=isa), functools.partial(cpu.int8_linear, isa=isa)
+        )
     return found
 
 
@@ -55,6 +60,14 @@ def _selected(device: torch.device) -> tuple[str | None, str]:
     if device.type == "cpu":
         return cpu.selected()
     return None, f"no kernel for {device.type} is built into this version; plain torch unpacks the bits on every call"
+
+
+def prepare(w: Operands, device: torch.device) -> Prepared | str:
+    """`w` in the order of the kernels that multiply on `device`, or why the reference does."""
+    name, reason = _selected(device)
+    if name is None:
+        return reason
+    return cpu.unsupported(w) or cpu.prepare(w)
 
 
 def explain(device: str | torch.device = "cpu") -> list[Choice]:

@@ -1,4 +1,4 @@
-"""The custom ops `signbit::binary_linear` and `signbit::int8_linear`: schema, fake and gradient, for every backend."""
+"""The custom ops: schema, fake and gradient. Matrices as stored, for every backend; prepared ones for the kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from signbit import bits
 from signbit.bits import Operands
 from signbit.errors import ShapeError
-from signbit.ops import dispatch
+from signbit.ops import cpu, dispatch
+from signbit.ops.cpu import Prepared
 
 
 @torch.library.custom_op("signbit::binary_linear", mutates_args=())
@@ -89,6 +90,65 @@ def _binary_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _binary_linear.register_autograd(_binary_linear_backward, setup_context=_save_weight)
 
 
+_PREPARED = ", ".join(
+    (
+        *(f"Tensor {name}" for name in ("signs", "scale")),
+        *(f"Tensor? {name}" for name in Prepared._fields[2:-1]),
+        "SymInt[] shape",
+    )
+)
+
+
+@torch.library.custom_op(
+    "signbit::prepared_linear",
+    mutates_args=(),
+    schema=f"(Tensor x, {_PREPARED}, str activations, Tensor? bias, str norm_in, float norm_in_eps, "
+    "str norm_out, float norm_out_eps) -> Tensor",
+)
+def _prepared_linear(x: Tensor, *arguments: Any) -> Tensor:
+    count = len(Prepared._fields)
+    activations, *rest = arguments[count:]
+    return cpu.Multiplication(Prepared(*arguments[:count]), *rest)(x, activations)
+
+
+@_prepared_linear.register_fake
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    rows = arguments[len(Prepared._fields) - 1][0]
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op(
+    "signbit::prepared_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, {_PREPARED}) -> Tensor"
+)
+def _prepared_linear_input_grad(grad: Tensor, *arguments: Any) -> Tensor:
+    with torch.autocast(grad.device.type, enabled=False):
+        return (grad @ bits.dense(Prepared(*arguments).stored()).to(grad.dtype)).contiguous()
+
+
+@_prepared_linear_input_grad.register_fake
+def _(grad: Tensor, *arguments: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], arguments[-1][1])
+
+
+def _save_prepared(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors, shape, _, bias, norm_in, _, norm_out, _ = inputs
+    ctx.plain = bias is None and norm_in == norm_out == "none"
+    ctx.present = [tensor is not None for tensor in tensors]
+    ctx.shape = shape
+    ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
+
+
+def _prepared_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    assert ctx.plain, "norms and bias have gradients of their own: a layer that needs them leaves them to torch"
+    saved = iter(ctx.saved_tensors)
+    tensors = [next(saved) if present else None for present in ctx.present]
+    input_grad = torch.ops.signbit.prepared_linear_input_grad(grad, *tensors, ctx.shape)
+    return input_grad, *(None,) * (len(Prepared._fields) + 6)
+
+
+_prepared_linear.register_autograd(_prepared_linear_backward, setup_context=_save_prepared)
+
+
 @torch.library.custom_op("signbit::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
@@ -134,4 +194,26 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str = "exa
     """y = x · diag(scale)·codesᵀ for `codes` int8 [N, K] and `scale` float [N]; dtypes, modes and errors as above."""
     _check_columns(x, codes.shape[1])
     result: Tensor = torch.ops.signbit.int8_linear(x, codes, scale, activations)
+    return result
+
+
+def prepared_linear(
+    x: Tensor,
+    w: Prepared,
+    activations: str = "exact",
+    bias: Tensor | None = None,
+    norm_in: str = "none",
+    norm_in_eps: float = 0.0,
+    norm_out: str = "none",
+    norm_out_eps: float = 0.0,
+) -> Tensor:
+    """norm_out(W · norm_in(x)) + bias for a prepared matrix, as an op that torch.compile sees; on the CPU.
+
+    `x` is float32, bfloat16 or float16 [..., K]; the result has its dtype, [..., N]. Without norms and bias it has the
+    gradient of `binary_linear`. Raises ShapeError if x does not end in K columns.
+    """
+    _check_columns(x, w.shape[1])
+    result: Tensor = torch.ops.signbit.prepared_linear(
+        x, *w, activations, bias, norm_in, norm_in_eps, norm_out, norm_out_eps
+    )
     return result
