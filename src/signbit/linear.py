@@ -240,9 +240,12 @@ class PackedLinear(nn.Module):
         and the named tensors give the stored form, made again when they are asked for.
         """
         with _preparing:
-            if self._multiplies == "undecided":
-                self._reason = self._prepare()
-                self._multiplies = "kernels" if self._reason is None else "reference"
+            if self._multiplies != "undecided":
+                return self._reason
+            if getattr(getattr(self, "_hf_hook", None), "offload", False) or self._buffers["weight"].is_meta:  # type: ignore[union-attr]
+                return "its weights come and go (offloaded by accelerate)"
+            self._reason = self._prepare()
+            self._multiplies = "kernels" if self._reason is None else "reference"
         return self._reason
 
     def _prepare(self) -> str | None:
@@ -251,8 +254,6 @@ class PackedLinear(nn.Module):
         chain = []
         for place in range(len(self._columns)):
             operands = self._operands(place)
-            if operands.signs.is_meta:
-                return "the layer has no weights yet"
             prepared = ops.prepare(operands, operands.signs.device)
             if isinstance(prepared, str):
                 return prepared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
@@ -78,6 +79,17 @@ def finish_(model: nn.Module, config: SignbitConfig, report: Report, calibration
     quantizer.mark(model)
 
 
+def prepare_(model: nn.Module) -> None:
+    """Brings the packed layers of `model` into the order of the kernels.
+
+    A layer that the kernels do not multiply is slow: one warning says how many there are and why.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    reasons = Counter(reason for layer in layers if (reason := layer.prepare()) is not None)
+    for reason, count in reasons.items():
+        logger.warning_once(f"signbit: {count} of {len(layers)} packed layers are multiplied by plain torch: {reason}")
+
+
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that a saved directory holds: the state dict, tied tensors once, as save_pretrained writes it."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -135,6 +147,7 @@ class SignbitHfQuantizer(HfQuantizer):
                     for weight in module.weights:
                         weight.check()
         self.mark(model)
+        prepare_(model)
         return model
 
     def mark(self, model: nn.Module) -> None:

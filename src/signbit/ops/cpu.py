@@ -150,7 +150,7 @@ class Multiplication:
         )  # fmt: skip
         self._matrix_address = ctypes.addressof(self._matrix)
         self._run = _function("signbit_linear")
-        self._calls: dict[tuple[torch.dtype, str, int], native.Call] = {}
+        self._calls: dict[tuple[torch.dtype, str, int], tuple[int, native.Call]] = {}  # with its address
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the CPU; the result has its dtype, [..., N].
@@ -160,25 +160,24 @@ class Multiplication:
         shape = x.shape
         if not shape or shape[-1] != self._columns:
             raise ShapeError(f"the input has shape {list(shape)}; this layer takes [..., {self._columns}]")
-        x = x.contiguous()
+        if not x.is_contiguous():
+            x = x.contiguous()
         y = x.new_empty((*shape[:-1], self._rows))
         key = (x.dtype, activations, torch.get_num_threads())
         call = self._calls.get(key) or self._call(*key)
-        error = self._run(
-            self._matrix_address, ctypes.addressof(call), x.data_ptr(), x.numel() // self._columns, self._columns,
-            y.data_ptr(),
-        )  # fmt: skip
+        columns = self._columns
+        error = self._run(self._matrix_address, call[0], x.data_ptr(), x.numel() // columns, columns, y.data_ptr())
         if error:
             raise SignbitError(f"the CPU kernels: {native.ERRORS.get(error, error)}")
         return y
 
-    def _call(self, dtype: torch.dtype, activations: str, threads: int) -> native.Call:
+    def _call(self, dtype: torch.dtype, activations: str, threads: int) -> tuple[int, native.Call]:
         call = _call(self._isa, activations, dtype, threads)
         call.norm_in, call.norm_out, call.norm_in_eps, call.norm_out_eps = self._norms
         if self.bias is not None:
             call.bias_type, call.bias = native.FLOATS[self.bias.dtype], self.bias.data_ptr()
-        self._calls[dtype, activations, threads] = call
-        return call
+        self._calls[dtype, activations, threads] = ctypes.addressof(call), call
+        return self._calls[dtype, activations, threads]
 
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str, isa: str | None = None) -> Tensor:
