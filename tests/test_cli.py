@@ -13,6 +13,9 @@ import torch
 
 from signbit import cli
 from signbit.cli import main
+from signbit.ops import cpu, explain, native
+
+needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
 
 
 def run(capsys, command):
@@ -420,3 +423,143 @@ def test_dry_run_of_calibration(llama_dir, capsys):
     assert code == 0
     assert "inputs of a block: 4.2 MB" in out
     assert "no model was written" in out
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch):
+    """No SIGNBIT_CPU, and an instruction set that is chosen anew, before and after."""
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    cpu.selected.cache_clear()
+    yield
+    cpu.selected.cache_clear()
+
+
+def break_kernels(monkeypatch, isa):
+    """Makes the binary_linear of one instruction set give 2 for 1."""
+    right = cpu.binary_linear
+    monkeypatch.setattr(cpu, "binary_linear", lambda *a: right(*a) * (2 if a[3] == isa else 1))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_shows_what_multiplies_and_checks_every_set(tmp_path, capsys):
+    library, (chosen, reason) = native.library(), cpu.selected()
+    code, printed, err = run(capsys, f"doctor --json {tmp_path}/doctor.json")
+    assert code == 0, err
+    assert " ".join(library.features) in printed
+    for fact in (torch.__version__, library.path, ", ".join(library.compiled), "SIGNBIT_CPU   not set"):
+        assert fact in printed
+    for op in ("binary_linear", "int8_linear"):
+        assert f"  {op}: {chosen} ({reason})\n" in printed
+    for isa in library.runs:
+        assert f"  {isa}: right\n" in printed
+    facts = json.loads((tmp_path / "doctor.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["features"] == list(library.features)
+    assert facts["checks"] == dict.fromkeys(library.runs)
+    assert facts["choices"][0] == {"op": "binary_linear", "device": "cpu", "backend": chosen, "reason": reason}
+    assert facts["missing"] is None
+    assert "model" not in facts
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_shows_every_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    _, printed, _ = run(capsys, "doctor")
+    for index in (0, 1):
+        choice = explain(f"cuda:{index}")[0]
+        assert f"\ncuda:{index} (GPU {index})\n  binary_linear: {choice.backend} ({choice.reason})\n" in printed
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_obeys_the_variable(monkeypatch, capsys):
+    monkeypatch.setenv(cpu.VARIABLE, "reference")
+    code, printed, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "SIGNBIT_CPU   reference\n" in printed
+    assert "binary_linear: reference (SIGNBIT_CPU=reference asks for plain torch)" in printed
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_says_which_sets_there_are_for_a_wrong_variable(monkeypatch, capsys):
+    monkeypatch.setenv(cpu.VARIABLE, "sse9")
+    code, _, err = run(capsys, "doctor")
+    assert code == 1
+    assert err.startswith("signbit: SIGNBIT_CPU is 'sse9'; this processor runs ")
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.parametrize("place", [0, -1], ids=["the chosen set", "another set"])
+def test_doctor_fails_if_any_set_is_wrong(place, tmp_path, monkeypatch, capsys):
+    isa = list(native.library().runs)[place]
+    break_kernels(monkeypatch, isa)
+    code, printed, err = run(capsys, f"doctor --json {tmp_path}/doctor.json")
+    assert code == 1
+    assert f"  {isa}: binary_linear, exact: off by " in printed
+    assert f"the check of {isa} failed; please report this" in err
+    wrong = {name for name, what in json.loads((tmp_path / "doctor.json").read_text())["checks"].items() if what}
+    assert wrong == {isa}
+    if isa == next(iter(native.library().runs)):
+        assert f"binary_linear: reference (the {isa} kernels failed their check" in printed
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_reports_kernels_that_give_an_error(monkeypatch, capsys):
+    from signbit.errors import SignbitError
+
+    def failing(isa):
+        raise SignbitError("the CPU kernels: out of memory")
+
+    cpu.selected()
+    monkeypatch.setattr(cpu, "check", failing)
+    code, printed, err = run(capsys, "doctor")
+    assert code == 1
+    for isa in native.library().runs:
+        assert f"  {isa}: the CPU kernels: out of memory\n" in printed
+    assert f"the check of {', '.join(native.library().runs)} failed" in err
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_without_kernels_says_what_to_do(tmp_path, monkeypatch, capsys):
+    why = "this installation was built without a C++ compiler; install one and reinstall signbit"
+    monkeypatch.setattr(native, "library", lambda: why)
+    code, printed, _ = run(capsys, f"doctor --json {tmp_path}/doctor.json")
+    assert code == 0
+    assert f"kernels       none: {why}\n" in printed
+    assert f"int8_linear: reference ({why})" in printed
+    assert "checked against" not in printed
+    facts = json.loads((tmp_path / "doctor.json").read_text())
+    assert (facts["missing"], facts["library"], facts["checks"]) == (why, None, {})
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_names_the_layers_that_the_kernels_leave_out(llama_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    code, _, err = run(
+        capsys, f"quantize {llama_dir} -o {out} --rule 'self_attn.*: group=8' --rule 'down_proj: group=24'"
+    )
+    assert code == 0, err
+    code, printed, err = run(capsys, f"doctor {out} --json {tmp_path}/doctor.json")
+    assert code == 0, err
+    assert f"{out}: the kernels multiply 4 of 14 packed layers\n" in printed
+    attention = ", ".join(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    assert f"plain torch multiplies 8: groups of 8 columns are no multiple of 32 ({attention}, …)\n" in printed
+    down = "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
+    assert f"plain torch multiplies 2: groups of 24 columns are no multiple of 32 ({down})\n" in printed
+    model = json.loads((tmp_path / "doctor.json").read_text())["model"]
+    assert (model["layers"], model["kernels"]) == (14, 4)
+    assert sorted(map(len, model["reference"].values())) == [2, 8]
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_doctor_refuses_a_model_that_is_not_packed(llama_dir, capsys):
+    code, printed, err = run(capsys, f"doctor {llama_dir}")
+    assert code == 1
+    assert "cpu (" in printed, "the machine is shown all the same"
+    assert "not packed by signbit; make it so with" in err

@@ -16,6 +16,7 @@ from signbit.errors import OptionError, SignbitError
 from signbit.version import VERSION
 
 if TYPE_CHECKING:
+    from signbit.evaluate.doctor import Machine
     from signbit.models import Report
 
 #: Exit statuses: 1 an error that a message explains, 2 a command line that does not parse, 130 Ctrl-C.
@@ -131,6 +132,16 @@ class ChatOptions:
     """Packed or full-precision model."""
     system: str | None = None
     """System message that the conversation begins with."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Show what multiplies on this machine and why, and check its kernels against plain torch."""
+
+    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL]")] = None
+    """Packed directory; shows which of its layers the kernels multiply, and why not the others."""
+    json: str | None = None
+    """Also write everything to this JSON file."""
 
 
 def _parse(verb: str, argv: Sequence[str], base: type, **parts: type) -> Any:
@@ -430,6 +441,62 @@ def chat(argv: Sequence[str]) -> None:
     talk(model, tokenizer, args.sampling, args.system)
 
 
+def doctor(argv: Sequence[str]) -> None:
+    """`signbit doctor`; raises SignbitError if kernels fail their check."""
+    args = _parse("doctor", argv, DoctorOptions)
+    from signbit.evaluate.doctor import examine, multiplied
+    from signbit.ops.cpu import VARIABLE
+
+    machine = examine()
+    _print_machine(machine, VARIABLE)
+    facts: dict[str, Any] = asdict(machine)
+    if args.model is not None:
+        from signbit.format import read_description
+        from signbit.hub.load import load_any
+
+        read_description(args.model)
+        _quiet()
+        result = multiplied(load_any(args.model))
+        facts["model"] = {"model": args.model, **asdict(result)}
+        print(f"\n{args.model}: the kernels multiply {result.kernels} of {result.layers} packed layers")
+        for reason, names in result.reference.items():
+            some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            print(f"  plain torch multiplies {len(names)}: {reason} ({some})")
+    _write_json(args.json, facts)
+    if machine.broken:
+        raise SignbitError(
+            f"the check of {', '.join(machine.broken)} failed; please report this with the lines above (signbit chooses "
+            "no kernels that fail)"
+        )
+
+
+def _print_machine(machine: Machine, variable: str) -> None:
+    facts = {
+        **machine.versions,
+        "processor": machine.processor,
+        "threads": f"{machine.threads} (of torch)",
+        variable: machine.variable or "not set",
+    }
+    if machine.library is None:
+        facts["kernels"] = f"none: {machine.missing}"
+    else:
+        facts["features"] = " ".join(machine.features) or "none that the kernels use"
+        facts["kernels"] = machine.library
+        facts["compiled"] = ", ".join(machine.compiled)
+        facts["run here"] = ", ".join(machine.checks)
+    for name, value in facts.items():
+        print(f"{name:12}  {value}")
+    for device, name in machine.devices.items():
+        print(f"\n{device} ({name})")
+        for choice in machine.choices:
+            if choice.device == device:
+                print(f"  {choice.op}: {choice.backend} ({choice.reason})")
+    if machine.checks:
+        print("\nchecked against plain torch")
+    for isa, wrong in machine.checks.items():
+        print(f"  {isa}: {wrong or 'right'}")
+
+
 def _load_to_run(args: Any) -> tuple[Any, Any]:
     from signbit.hub.load import load_any, load_tokenizer
     from signbit.linear import set_activations
@@ -447,6 +514,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "eval": (evaluate, EvalOptions),
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),
+    "doctor": (doctor, DoctorOptions),
 }
 
 

@@ -41,7 +41,7 @@ def selected() -> tuple[str | None, str]:
         )
     why = f"{VARIABLE} asks for it" if wanted else "the best that this processor runs"
     name = wanted or next(iter(found.runs))
-    if (wrong := _check(name)) is not None:
+    if (wrong := check(name)) is not None:
         return None, f"the {name} kernels failed their check at load ({wrong}); please report this"
     return name, f"{why}; checked against the reference at load"
 
@@ -240,7 +240,7 @@ def _starts(w: Operands) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
 
 
-def _check(isa: str) -> str | None:
+def check(isa: str) -> str | None:
     """What is wrong with the kernels of `isa` on a few rows, both modes, both ops; None if nothing is."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = 40, 136

@@ -1,0 +1,109 @@
+"""What multiplies on this machine and why, whether it does so rightly, and which layers of a model are left out."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from signbit.errors import SignbitError
+from signbit.linear import PackedLinear
+from signbit.ops import Choice, cpu, explain, native
+from signbit.version import VERSION
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that decide which backend multiplies here.
+
+    `devices` maps a device to its name. `library` is the file of the kernels; without one it is None, and `missing`
+    says why. `checks` has each instruction set that runs here, with what is wrong with it or None.
+    """
+
+    versions: dict[str, str]
+    processor: str
+    threads: int
+    variable: str | None
+    devices: dict[str, str]
+    choices: tuple[Choice, ...]
+    library: str | None
+    missing: str | None
+    features: tuple[str, ...]
+    compiled: tuple[str, ...]
+    checks: dict[str, str | None]
+
+    @property
+    def broken(self) -> list[str]:
+        """The instruction sets that fail their check."""
+        return [isa for isa, wrong in self.checks.items() if wrong is not None]
+
+
+@dataclass(frozen=True)
+class Multiplied:
+    """The packed layers of a model: how many the kernels multiply, and the names of the others by reason."""
+
+    layers: int
+    kernels: int
+    reference: dict[str, list[str]]
+
+
+def examine() -> Machine:
+    """This machine; every instruction set that runs is checked, not only the chosen one.
+
+    Raises OptionError if SIGNBIT_CPU names an instruction set that is not there.
+    """
+    found, processor = native.library(), _processor()
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    devices = {"cpu": processor, **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in cuda}}
+    missing = found if isinstance(found, str) else None
+    library = None if isinstance(found, str) else found
+    return Machine(
+        versions={
+            "signbit": VERSION,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": metadata.version("transformers"),
+        },
+        processor=processor,
+        threads=torch.get_num_threads(),
+        variable=os.environ.get(cpu.VARIABLE) or None,
+        devices=devices,
+        choices=tuple(choice for device in devices for choice in explain(device)),
+        library=library.path if library else None,
+        missing=missing,
+        features=library.features if library else (),
+        compiled=library.compiled if library else (),
+        checks={isa: _wrong(isa) for isa in library.runs} if library else {},
+    )
+
+
+def multiplied(model: nn.Module) -> Multiplied:
+    """Which packed layers of `model` the kernels multiply where they are now; it prepares them."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    reference: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        if (reason := layer.prepare()) is not None:
+            reference.setdefault(reason, []).append(name)
+    return Multiplied(len(layers), len(layers) - sum(map(len, reference.values())), reference)
+
+
+def _wrong(isa: str) -> str | None:
+    try:
+        return cpu.check(isa)
+    except SignbitError as error:
+        return str(error)
+
+
+def _processor() -> str:
+    """The processor's name, or at least its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name"]
+    return names[0] if names and names[0] else platform.processor() or platform.machine() or "unknown"
