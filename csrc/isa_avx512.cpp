@@ -74,21 +74,30 @@ struct Isa {
   }
 
   // One token: bit p of each byte is left where it is, worth 2ᵖ, and has a sum of its own that is shifted at the end:
-  // two instructions for 64 weights.
+  // two instructions for 64 weights. Few words (a group) are better off with one more shift and half of the sums.
   static void planes(const uint32_t *w, int64_t words, const int8_t *q, vi &result) {
-    __m512i acc[8], mask[8];
-    for (int p = 0; p < 8; p++) {
+    if (words > 8) planes_of<8>(w, words, q, result);
+    else planes_of<4>(w, words, q, result);
+  }
+
+  template <int SUMS>
+  static void planes_of(const uint32_t *w, int64_t words, const int8_t *q, vi &result) {
+    __m512i acc[SUMS], mask[SUMS];
+    for (int p = 0; p < SUMS; p++) {
       acc[p] = _mm512_setzero_si512();
       mask[p] = _mm512_set1_epi8(static_cast<char>(1 << p));
     }
     for (int64_t word = 0; word < words; word++) {
-      const __m512i bits = _mm512_loadu_si512(w + word * 16);
+      __m512i bits = _mm512_loadu_si512(w + word * 16);
 #pragma GCC unroll 8
-      for (int p = 0; p < 8; p++)
-        acc[p] = _mm512_dpbusd_epi32(acc[p], _mm512_and_si512(bits, mask[p]), _mm512_set1_epi32(load32(q + word * 32 + p * 4)));
+      for (int p = 0; p < 8; p++) {
+        if (p > 0 && p % SUMS == 0) bits = _mm512_srli_epi32(bits, SUMS);
+        const __m512i four = _mm512_set1_epi32(load32(q + word * 32 + p * 4));
+        acc[p % SUMS] = _mm512_dpbusd_epi32(acc[p % SUMS], _mm512_and_si512(bits, mask[p % SUMS]), four);
+      }
     }
     // Every acc[p] is a multiple of 2ᵖ, so the shifts lose nothing.
-    for (int p = 1; p < 8; p++) acc[0] = _mm512_add_epi32(acc[0], _mm512_srai_epi32(acc[p], p));
+    for (int p = 1; p < SUMS; p++) acc[0] = _mm512_add_epi32(acc[0], _mm512_srai_epi32(acc[p], p));
     result += vi(acc[0]);
   }
 
@@ -115,7 +124,6 @@ struct Isa {
       for (int t = 0; t < T; t++) sums[r][t] += _mm512_reduce_add_epi32(_mm512_sub_epi32(acc[r][t], plain[t]));
   }
 
- private:
   static int32_t load32(const int8_t *from) {
     int32_t value;
     memcpy(&value, from, 4);

@@ -138,19 +138,26 @@ inline void write_token(const signbit_call &call, const Input &input, int64_t to
   }
 }
 
+template <bool INT8>
+inline auto sum_type() {
+  if constexpr (INT8) return vi{};
+  else return vf{};
+}
+
 // T tokens times some blocks of rows.
 template <int T, bool INT8>
 struct Tile {
+  using Sum = decltype(sum_type<INT8>());
   const signbit_matrix &w;
   const signbit_call &call;
   const Input &input;
   const int64_t first, last; // blocks
   const int64_t blocks, words, padded, width;
   const int64_t pitch; // bytes between tokens in q: not a power of two, which would put them all in one cache set
-  // A table is 16 bytes a column: so many words that those of T tokens lie in 16 KiB, half of a first-level cache.
+  // So many words that the tables of T tokens, 16 bytes a column, lie in 16 KiB, half of a first-level cache.
   static constexpr int64_t TABLE_WORDS = T <= 8 ? CHUNK / T : 2;
 
-  float *x, *u, *tables, *y, *group_sums;
+  float *x, *u, *tables, *y, *y_plane, *group_sums;
   int8_t *q;
   int32_t *q_sums, *y_integers;
   float step[T], x_step[T], shifted[T]; // of u, of x; the input shift's share
@@ -179,7 +186,8 @@ struct Tile {
     tables = memory.take<float>(T * TABLE_WORDS * 128);
     group_sums = memory.take<float>(T * w.groups);
     y = memory.take<float>(T * lanes());
-    y_integers = memory.take<int32_t>(T * lanes());
+    y_plane = memory.take<float>(T * lanes());
+    y_integers = reinterpret_cast<int32_t *>(y_plane);
     q = memory.take<int8_t>(T * pitch);
     q_sums = memory.take<int32_t>(T * (words + 1));
     memset(y, 0, static_cast<size_t>(T * lanes()) * 4);
@@ -202,12 +210,12 @@ struct Tile {
     for (int plane = 0; plane < w.planes; plane++) {
       const float *from = take_plane(plane);
       const uint32_t *signs = w.signs + (w.sign_planes == 1 ? 0 : plane) * words * blocks * 16;
-      if (INT8 && w.groups == 1) memset(y_integers, 0, static_cast<size_t>(T * lanes()) * 4);
+      if (INT8) memset(y_plane, 0, static_cast<size_t>(T * lanes()) * 4);
       for (int64_t word = 0; word < words; word += CHUNK) {
         const int64_t count = least(CHUNK, words - word);
         multiply(signs + word * blocks * 16, from, word, count, plane);
       }
-      if (INT8 && w.groups == 1) scale_integers(plane);
+      if (INT8) add_plane(plane);
     }
     if (w.shift != nullptr) add_shift();
     if (w.salient_codes != nullptr) {
@@ -298,47 +306,66 @@ struct Tile {
   template <int R>
   void rows(const uint32_t *signs, int64_t count, int64_t word, int64_t part, int64_t some, int64_t block, int plane) {
     const uint32_t *w0 = signs + block * count * 16;
-    const int64_t group_words = w.groups == 1 ? words : width / 32;
-    for (int64_t begin = part; begin < part + some;) {
-      const int64_t group = (word + begin) / group_words;
-      const int64_t end = least(part + some, (group + 1) * group_words - word);
-      if (INT8) {
-        vi acc[R][T] = {};
-        Isa::template int8<R, T>(w0 + begin * 16, count * 16, end - begin, q + (word + begin) * 32, pitch, acc);
+    if constexpr (INT8)
+      if (w.groups == 1) {
+        Sum acc[R][T] = {};
+        add_words<R>(w0, count, word, part, part, part + some, acc);
         for (int r = 0; r < R; r++)
           for (int t = 0; t < T; t++) {
-            const int32_t *sums = q_sums + t * (words + 1);
-            const vi sum = 2 * acc[r][t] - (sums[word + end] - sums[word + begin]);
-            const int64_t at = cell(block + r, t);
-            if (w.groups == 1) {
-              vstore(y_integers + at, vload<vi>(y_integers + at) + sum);
-            } else {
-              const vf scale = scale_of(plane, block + r, group) * step[t];
-              vstore(y + at, vload<vf>(y + at) + __builtin_convertvector(sum, vf) * scale);
-            }
+            int32_t *at = y_integers + cell(block + r, t);
+            vstore(at, vload<vi>(at) + acc[r][t]);
           }
-      } else {
-        vf acc[R][T] = {};
-        Isa::template exact<R, T>(w0 + begin * 16, count * 16, end - begin, tables + (begin - part) * 128,
-                                  TABLE_WORDS * 128, acc);
-        for (int r = 0; r < R; r++) {
-          const vf scale = scale_of(plane, block + r, group);
-          for (int t = 0; t < T; t++) {
-            const int64_t at = cell(block + r, t);
-            vstore(y + at, vload<vf>(y + at) + acc[r][t] * scale);
-          }
-        }
+        return;
+      }
+    // The sums of a chunk's groups meet in registers. In int8 the step comes later, once a plane.
+    float *const to = INT8 ? y_plane : y;
+    vf sums[R][T];
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) sums[r][t] = vload<vf>(to + cell(block + r, t));
+    const int64_t group_words = w.groups == 1 ? words : width / 32;
+    int64_t group = w.groups == 1 ? 0 : (word + part) / group_words;
+    for (int64_t begin = part; begin < part + some; group++) {
+      const int64_t end = least(part + some, (group + 1) * group_words - word);
+      Sum acc[R][T] = {};
+      add_words<R>(w0, count, word, part, begin, end, acc);
+      for (int r = 0; r < R; r++) {
+        const vf scale = scale_of(plane, block + r, group);
+        for (int t = 0; t < T; t++) sums[r][t] += as_floats(acc[r][t]) * scale;
       }
       begin = end;
     }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) vstore(to + cell(block + r, t), sums[r][t]);
   }
 
-  void scale_integers(int plane) {
+  // acc = Σ ±q, or Σ ±x, over the words [begin, end) of a chunk, of which the tables begin with `part`.
+  template <int R>
+  void add_words(const uint32_t *w0, int64_t count, int64_t word, int64_t part, int64_t begin, int64_t end,
+                 Sum (&acc)[R][T]) const {
+    const uint32_t *from = w0 + begin * 16;
+    const int64_t stride = count * 16, some = end - begin;
+    if constexpr (INT8) {
+      Isa::template int8<R, T>(from, stride, some, q + (word + begin) * 32, pitch, acc);
+      for (int t = 0; t < T; t++) {
+        const int32_t *all = q_sums + t * (words + 1) + word;
+        for (int r = 0; r < R; r++) acc[r][t] = 2 * acc[r][t] - (all[end] - all[begin]);
+      }
+    } else {
+      Isa::template exact<R, T>(from, stride, some, tables + (begin - part) * 128, TABLE_WORDS * 128, acc);
+    }
+  }
+
+  static vf as_floats(const vf &v) { return v; }
+  static vf as_floats(const vi &v) { return __builtin_convertvector(v, vf); }
+
+  // What int8 has summed of a plane, times the activations' step.
+  void add_plane(int plane) {
     for (int64_t block = first; block < last; block++) {
-      const vf scale = scale_of(plane, block, 0);
+      const vf scale = w.groups == 1 ? scale_of(plane, block, 0) : splat(1);
       for (int t = 0; t < T; t++) {
         const int64_t at = cell(block, t);
-        vstore(y + at, vload<vf>(y + at) + __builtin_convertvector(vload<vi>(y_integers + at), vf) * (scale * step[t]));
+        const vf sums = w.groups == 1 ? as_floats(vload<vi>(y_integers + at)) : vload<vf>(y_plane + at);
+        vstore(y + at, vload<vf>(y + at) + sums * (scale * step[t]));
       }
     }
   }
