@@ -1,6 +1,7 @@
 """The CPU kernels beside torch's dense multiplication and ggml's Q1_0 kernel, in one run.
 
     python -m benchmarks.kernels_cpu --shapes 4096x4096 --threads 1 2 --json kernels.json
+    python -m benchmarks.kernels_cpu --pass-7b      # also all linears of LLaMA-7B against the memory's bandwidth
 
 A row is one matrix form (a scale a row, or one for 128 columns) times 1 token (decode) or 128 (prefill), in
 microseconds. Each call takes the next of several matrices, so that weights come from memory as they do in a model.
@@ -46,7 +47,7 @@ def check(weight: BinaryWeight, prepared: cpu.Prepared, isa: str, x: torch.Tenso
     """Ends the run unless the kernel gives what the reference gives."""
     for mode, allowed in (("exact", 3e-6), ("int8", 1e-5)):
         want = reference.binary_linear(x, weight.operands(), mode)
-        error = (cpu.linear(x, prepared, mode, isa=isa) - want).abs().max() / want.abs().max()
+        error = (cpu.Multiplication(prepared, isa=isa)(x, mode) - want).abs().max() / want.abs().max()
         if not error <= allowed:
             raise SystemExit(f"{isa}, {mode}: {error:.2g} off the reference; nothing is timed")
 
@@ -61,6 +62,7 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
         for _ in range(count)
     ]
     prepared = [cpu.prepare(weight.operands()) for weight in weights]
+    ours_of = [cpu.Multiplication(p, isa=isa) for p in prepared]
     blocks = columns // BLOCK
     q1 = [
         ggml.q1_0(
@@ -87,10 +89,40 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
                 lambda i, u=inputs, d=dense: F.linear(u, d[i % len(d)]), runs
             )
         for mode in ("int8", "exact"):
-            ours = seconds(lambda i, u=x, m=mode: cpu.linear(u, prepared[i % count], m, isa=isa), runs)
+            ours = seconds(lambda i, u=x, m=mode: ours_of[i % count](u, m), runs)
             found += [
                 lower_is_better(f"{name} {mode}, {form}", 1e6 * ours, peer, 1e6 * s, "µs") for peer, s in peers.items()
             ]
+    return found
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second at which `threads` read memory that is in no cache: the best of several sums over 1 GiB."""
+    torch.set_num_threads(threads)
+    words = torch.ones(1 << 28)
+    return 4 * words.numel() / min(seconds(lambda _: words.sum(), 5) for _ in range(3))
+
+
+def pass_7b(group: int, threads: int, isa: str) -> list[Row]:
+    """One token through all linears of LLaMA-7B, each with weights of its own."""
+    torch.set_num_threads(threads)
+    shapes = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)] * 32
+    multiply, read = [], 0
+    for rows, columns in shapes:
+        groups = columns // group if group > 0 else 1
+        scale = torch.rand(1, rows, groups).half() + 0.1
+        signs = torch.randint(0, 256, (1, rows, columns // 8), dtype=torch.uint8)
+        prepared = cpu.prepare(BinaryWeight(signs, scale, columns).operands())
+        read += 4 * prepared.signs.numel() + 2 * prepared.scale.numel()
+        multiply.append(cpu.Multiplication(prepared, isa=isa))
+    inputs = {columns: torch.randn(1, columns) for columns in (4096, 11008)}
+    most = bandwidth(threads)
+    found = []
+    for mode in ("int8", "exact"):
+        took = seconds(lambda _, m=mode: [f(inputs[k], m) for f, (_, k) in zip(multiply, shapes, strict=True)], 5)
+        form = f"LLaMA-7B, {'row scale' if group < 0 else f'group {group}'}, {threads} threads"
+        work = f"decode {mode}, one pass of {form}"
+        found.append(Row(work, read / took / 1e9, "memory", most / 1e9, read / took / most, "GB/s"))
     return found
 
 
@@ -99,6 +131,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "2048x2048", "5632x2048", "11008x4096"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--isa", help="instruction set; the best that runs unless named")
+    parser.add_argument("--pass-7b", action="store_true", help="all linears of LLaMA-7B, 0.8 GB of packed bits")
     parser.add_argument("--json")
     args = parser.parse_args()
     library = native.library()
@@ -115,6 +148,8 @@ def main() -> None:
         for (n, k), group, threads in itertools.product(shapes, (-1, 128), args.threads)
         for row in measure(n, k, group, threads, isa, ggml)
     ]
+    if args.pass_7b:
+        rows += [row for group in (-1, 128) for row in pass_7b(group, max(args.threads), isa)]
     show(rows, args.json)
 
 
