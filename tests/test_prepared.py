@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tests.laws import cases
 
 import signbit
 from signbit.linear import PackedLinear
 from signbit.ops import native, prepare
 from signbit.ops.schema import _prepared_linear, _prepared_linear_input_grad
+from tests.laws import cases
 
 pytestmark = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
 
