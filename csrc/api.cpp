@@ -7,6 +7,10 @@
 #include <new>
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "floats.h"
 #include "kernels.h"
 #include "pool.h"
@@ -39,6 +43,14 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2");
 }
+#elif defined(__aarch64__)
+bool has_dot_product() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; // not in an ARMv8.0, such as a Cortex-A72
+#else
+  return true; // every processor of Apple's with macOS has it
+#endif
+}
 #endif
 bool always() { return true; }
 
@@ -48,7 +60,7 @@ const Entry ENTRIES[] = {
     {&avxvnni_kernels, has_avxvnni},
     {&avx2_kernels, has_avx2},
 #elif defined(__aarch64__)
-    {&neon_kernels, always},
+    {&neon_kernels, has_dot_product},
 #endif
     {&portable_kernels, always},
 };
@@ -130,7 +142,7 @@ const char *signbit_features(void) {
     if (has_f16c()) found += "f16c ";
     if (has_avxvnni()) found += "avxvnni ";
 #elif defined(__aarch64__)
-    found = "neon dotprod ";
+    found = has_dot_product() ? "neon dotprod " : "neon ";
 #endif
     if (!found.empty()) found.pop_back();
     return found;
