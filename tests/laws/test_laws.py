@@ -111,7 +111,7 @@ def test_binary_equals_the_effective_weight_bit_for_bit(group):
         layer.weight[0, :3] = 0
     assert torch.equal(layer.binary().to_dense(), layer.effective_weight())
     x = torch.randn(5, 24)
-    assert (layer.pack()(x) - layer(x)).abs().max() <= 1e-6
+    assert (layer.pack()(x) - layer(x)).abs().max() <= 3e-6
 
 
 # 3.–5. A backend against the dense matrix.
