@@ -38,14 +38,14 @@ struct Isa {
         for (int t = 0; t < T; t++) {
           float *to = reinterpret_cast<float *>(&result[r][t]) + 8 * h;
           for (int c = 1; c < CHAINS; c++) acc[t][0] = _mm256_add_ps(acc[t][0], acc[t][c]);
-          _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), acc[t][0]));
+          _mm256_storeu_ps(to, acc[t][0]);
         }
       }
   }
 
   template <int R, int T>
   static void int8(const uint32_t *w, int64_t stride, int64_t words, const int8_t *q, int64_t q_stride,
-                   vi (&result)[R][T]) {
+                   const int32_t (&all)[T], vi (&result)[R][T]) {
     for (int r = 0; r < R; r++)
       for (int h = 0; h < 2; h++) {
         Bytes acc[T];
@@ -63,7 +63,8 @@ struct Isa {
         }
         for (int t = 0; t < T; t++) {
           int32_t *to = reinterpret_cast<int32_t *>(&result[r][t]) + 8 * h;
-          _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm256_add_epi32(load256(to), acc[t].sums()));
+          const __m256i twice = _mm256_slli_epi32(acc[t].sums(), 1);
+          _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm256_sub_epi32(twice, _mm256_set1_epi32(all[t])));
         }
       }
   }

@@ -41,64 +41,56 @@ struct Isa {
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
         for (int c = 1; c < CHAINS; c++) acc[r][t][0] = _mm512_add_ps(acc[r][t][0], acc[r][t][c]);
-        result[r][t] += vf(acc[r][t][0]);
+        result[r][t] = vf(acc[r][t][0]);
       }
   }
 
   template <int R, int T>
   static void int8(const uint32_t *w, int64_t stride, int64_t words, const int8_t *q, int64_t q_stride,
-                   vi (&result)[R][T]) {
-    if constexpr (R == 1 && T == 1) {
-      planes(w, words, q, result[0][0]);
-      return;
-    }
-    __m512i acc[R][T];
+                   const int32_t (&all)[T], vi (&result)[R][T]) {
+    // As many sums as registers allow; but a short group would spend its time on adding them up.
+    constexpr int SUMS = R * T == 1 ? 8 : R * T <= 4 ? 4 : R * T <= 8 ? 2 : 1;
+    if (SUMS == 8 && words <= 8) planes<R, T, 4>(w, stride, words, q, q_stride, all, result);
+    else planes<R, T, SUMS>(w, stride, words, q, q_stride, all, result);
+  }
+
+  // Bit p of each byte is left where it is, worth 2ᵖ, and has a sum of its own that is shifted at the end: two
+  // instructions for 64 weights. With fewer sums than planes the bits move by so many places, and one place up from
+  // where they lie, so that a set bit counts 2: a sum that begins at −Σq ends as Σ ±q.
+  template <int R, int T, int SUMS>
+  static void planes(const uint32_t *w, int64_t stride, int64_t words, const int8_t *q, int64_t q_stride,
+                     const int32_t (&all)[T], vi (&result)[R][T]) {
+    constexpr int UP = SUMS < 8 ? 1 : 0;
+    __m512i acc[R][T][SUMS], mask[SUMS];
+    for (int s = 0; s < SUMS; s++) mask[s] = _mm512_set1_epi8(static_cast<char>(1 << (s + UP)));
     for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) acc[r][t] = _mm512_setzero_si512();
-    const __m512i ones = _mm512_set1_epi8(1);
+      for (int t = 0; t < T; t++) {
+        acc[r][t][0] = UP ? _mm512_set1_epi32(-all[t]) : _mm512_setzero_si512();
+        for (int s = 1; s < SUMS; s++) acc[r][t][s] = _mm512_setzero_si512();
+      }
     for (int64_t word = 0; word < words; word++) {
       __m512i bits[R];
       for (int r = 0; r < R; r++) bits[r] = _mm512_loadu_si512(w + r * stride + word * 16);
 #pragma GCC unroll 8
       for (int p = 0; p < 8; p++) {
+        const int s = p % SUMS, down = p - s - UP;
         __m512i plane[R];
-        for (int r = 0; r < R; r++) plane[r] = _mm512_and_si512(_mm512_srli_epi32(bits[r], p), ones);
+        for (int r = 0; r < R; r++) {
+          const __m512i moved = down < 0 ? _mm512_slli_epi32(bits[r], 1) : _mm512_srli_epi32(bits[r], down);
+          plane[r] = _mm512_and_si512(moved, mask[s]);
+        }
         for (int t = 0; t < T; t++) {
           const __m512i four = _mm512_set1_epi32(load32(q + t * q_stride + word * 32 + p * 4));
-          for (int r = 0; r < R; r++) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], plane[r], four);
+          for (int r = 0; r < R; r++) acc[r][t][s] = _mm512_dpbusd_epi32(acc[r][t][s], plane[r], four);
         }
       }
     }
+    // Every acc[…][s] is a multiple of 2ˢ, so the shifts lose nothing.
     for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) result[r][t] += vi(acc[r][t]);
-  }
-
-  // One token: bit p of each byte is left where it is, worth 2ᵖ, and has a sum of its own that is shifted at the end:
-  // two instructions for 64 weights. Few words (a group) are better off with one more shift and half of the sums.
-  static void planes(const uint32_t *w, int64_t words, const int8_t *q, vi &result) {
-    if (words > 8) planes_of<8>(w, words, q, result);
-    else planes_of<4>(w, words, q, result);
-  }
-
-  template <int SUMS>
-  static void planes_of(const uint32_t *w, int64_t words, const int8_t *q, vi &result) {
-    __m512i acc[SUMS], mask[SUMS];
-    for (int p = 0; p < SUMS; p++) {
-      acc[p] = _mm512_setzero_si512();
-      mask[p] = _mm512_set1_epi8(static_cast<char>(1 << p));
-    }
-    for (int64_t word = 0; word < words; word++) {
-      __m512i bits = _mm512_loadu_si512(w + word * 16);
-#pragma GCC unroll 8
-      for (int p = 0; p < 8; p++) {
-        if (p > 0 && p % SUMS == 0) bits = _mm512_srli_epi32(bits, SUMS);
-        const __m512i four = _mm512_set1_epi32(load32(q + word * 32 + p * 4));
-        acc[p % SUMS] = _mm512_dpbusd_epi32(acc[p % SUMS], _mm512_and_si512(bits, mask[p % SUMS]), four);
+      for (int t = 0; t < T; t++) {
+        for (int s = 1; s < SUMS; s++) acc[r][t][0] = _mm512_add_epi32(acc[r][t][0], _mm512_srai_epi32(acc[r][t][s], s));
+        result[r][t] = UP ? vi(acc[r][t][0]) : 2 * vi(acc[r][t][0]) - all[t];
       }
-    }
-    // Every acc[p] is a multiple of 2ᵖ, so the shifts lose nothing.
-    for (int p = 1; p < SUMS; p++) acc[0] = _mm512_add_epi32(acc[0], _mm512_srai_epi32(acc[p], p));
-    result += vi(acc[0]);
   }
 
   // dpbusd wants an unsigned side: codes + 128, and 128·Σq taken back.

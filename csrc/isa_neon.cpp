@@ -45,14 +45,14 @@ struct Isa {
         vf sums;
         for (int h = 0; h < 4; h++) vst1q_f32(reinterpret_cast<float *>(&sums) + 4 * h,
                                               vaddq_f32(vaddq_f32(acc[0][h], acc[1][h]), vaddq_f32(acc[2][h], acc[3][h])));
-        result[r][t] += sums;
+        result[r][t] = sums;
       }
   }
 
   // A byte with the plane's bit set becomes −1, so the dot products are −Σq.
   template <int R, int T>
   static void int8(const uint32_t *w, int64_t stride, int64_t words, const int8_t *q, int64_t q_stride,
-                   vi (&result)[R][T]) {
+                   const int32_t (&all)[T], vi (&result)[R][T]) {
     for (int r = 0; r < R; r++)
       for (int h = 0; h < 4; h++) {
         int32x4_t acc[T];
@@ -70,7 +70,7 @@ struct Isa {
         }
         for (int t = 0; t < T; t++) {
           int32_t *to = reinterpret_cast<int32_t *>(&result[r][t]) + 4 * h;
-          vst1q_s32(to, vsubq_s32(vld1q_s32(to), acc[t]));
+          vst1q_s32(to, vsubq_s32(vdupq_n_s32(-all[t]), vshlq_n_s32(acc[t], 1)));
         }
       }
   }

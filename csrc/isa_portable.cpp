@@ -27,14 +27,15 @@ struct Isa {
             for (int lane = 0; lane < 16; lane++)
               sums[i % 4][lane] += table[w[r * stride + word * 16 + lane] >> (4 * i) & 15];
           }
-        acc[r][t] += (vload<vf>(sums[0]) + vload<vf>(sums[1])) + (vload<vf>(sums[2]) + vload<vf>(sums[3]));
+        acc[r][t] = (vload<vf>(sums[0]) + vload<vf>(sums[1])) + (vload<vf>(sums[2]) + vload<vf>(sums[3]));
       }
   }
 
   template <int R, int T>
   static void int8(const uint32_t *w, int64_t stride, int64_t words, const int8_t *q, int64_t q_stride,
-                   vi (&acc)[R][T]) {
-    for (int r = 0; r < R; r++)
+                   const int32_t (&all)[T], vi (&acc)[R][T]) {
+    for (int r = 0; r < R; r++) {
+      for (int t = 0; t < T; t++) acc[r][t] = vi{};
       for (int64_t word = 0; word < words; word++) {
         const vi bits = vload<vi>(w + r * stride + word * 16);
         for (int k = 0; k < 32; k++) {
@@ -42,6 +43,8 @@ struct Isa {
           for (int t = 0; t < T; t++) acc[r][t] += mask & static_cast<int32_t>(q[t * q_stride + word * 32 + k % 8 * 4 + k / 8]);
         }
       }
+      for (int t = 0; t < T; t++) acc[r][t] = 2 * acc[r][t] - all[t];
+    }
   }
 
   template <int R, int T>

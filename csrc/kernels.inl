@@ -5,8 +5,8 @@
 // struct Isa has
 //   EXACT_TOKENS, INT8_TOKENS, HEAD_ROWS, HEAD_TOKENS      largest tiles that fit its registers
 //   vf half(const uint16_t *)                              16 float16
-//   exact<R, T>(w, block stride, words, tables, table stride, acc[R][T])   acc += Σ ±x, 4 columns a table of 16 sums
-//   int8<R, T>(w, block stride, words, q, q stride, acc[R][T])             acc += Σ q where the bit is 1
+//   exact<R, T>(w, block stride, words, tables, table stride, acc[R][T])   acc = Σ ±x, 4 columns a table of 16 sums
+//   int8<R, T>(w, block stride, words, q, q stride, all[T], acc[R][T])     acc = Σ ±q, of which all = Σ q
 //   dot<R, T>(codes, row stride, q, q stride, columns, sums[R][T])         int8 · int8, columns a multiple of 64
 
 constexpr int64_t CHUNK = 32; // words
@@ -308,7 +308,7 @@ struct Tile {
     const uint32_t *w0 = signs + block * count * 16;
     if constexpr (INT8)
       if (w.groups == 1) {
-        Sum acc[R][T] = {};
+        Sum acc[R][T];
         add_words<R>(w0, count, word, part, part, part + some, acc);
         for (int r = 0; r < R; r++)
           for (int t = 0; t < T; t++) {
@@ -326,7 +326,7 @@ struct Tile {
     int64_t group = w.groups == 1 ? 0 : (word + part) / group_words;
     for (int64_t begin = part; begin < part + some; group++) {
       const int64_t end = least(part + some, (group + 1) * group_words - word);
-      Sum acc[R][T] = {};
+      Sum acc[R][T];
       add_words<R>(w0, count, word, part, begin, end, acc);
       for (int r = 0; r < R; r++) {
         const vf scale = scale_of(plane, block + r, group);
@@ -345,11 +345,12 @@ struct Tile {
     const uint32_t *from = w0 + begin * 16;
     const int64_t stride = count * 16, some = end - begin;
     if constexpr (INT8) {
-      Isa::template int8<R, T>(from, stride, some, q + (word + begin) * 32, pitch, acc);
+      int32_t all[T];
       for (int t = 0; t < T; t++) {
-        const int32_t *all = q_sums + t * (words + 1) + word;
-        for (int r = 0; r < R; r++) acc[r][t] = 2 * acc[r][t] - (all[end] - all[begin]);
+        const int32_t *sums = q_sums + t * (words + 1) + word;
+        all[t] = sums[end] - sums[begin];
       }
+      Isa::template int8<R, T>(from, stride, some, q + (word + begin) * 32, pitch, all, acc);
     } else {
       Isa::template exact<R, T>(from, stride, some, tables + (begin - part) * 128, TABLE_WORDS * 128, acc);
     }
