@@ -30,16 +30,22 @@ from signbit.weight import BinaryWeight
 
 # So many bytes of packed bits are cycled through: more than a core's second-level cache.
 CYCLED_BYTES = 16 << 20
+# Threads of OpenMP, torch's and ggml's, go on spinning for milliseconds after their last call, on cores that others
+# would use.
+QUIET_S = 0.03
 
 
 def seconds(call: Callable[[int], Any], runs: int) -> float:
-    """Median of `runs` calls, after a fifth of them unmeasured."""
+    """Median of `runs` calls, after unmeasured ones for QUIET_S and at least one."""
+    until = time.perf_counter() + QUIET_S
+    call(0)
+    while time.perf_counter() < until:
+        call(0)
     times = []
-    for run in range(-runs // 5, runs):
+    for run in range(runs):
         began = time.perf_counter()
         call(run)
-        if run >= 0:
-            times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 
