@@ -13,7 +13,7 @@ import torch
 
 from signbit import cli
 from signbit.cli import main
-from signbit.ops import cpu, explain, native
+from signbit.ops import cpu, cuda, explain, native
 
 needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
 
@@ -467,10 +467,21 @@ def test_doctor_shows_every_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    _, printed, _ = run(capsys, "doctor")
-    for index in (0, 1):
-        choice = explain(f"cuda:{index}")[0]
-        assert f"\ncuda:{index} (GPU {index})\n  binary_linear: {choice.backend} ({choice.reason})\n" in printed
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(cuda.nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "check", lambda index: f"off by {index + 2}")
+    cuda.selected.cache_clear()
+    try:
+        code, printed, err = run(capsys, "doctor")
+        for index, backend in enumerate(("cuda", "reference")):
+            choice = explain(f"cuda:{index}")[0]
+            assert choice.backend == backend
+            assert f"\ncuda:{index} (GPU {index})\n  binary_linear: {backend} ({choice.reason})\n" in printed
+    finally:
+        cuda.selected.cache_clear()
+    assert "compute capability 7.5 is below 8.0" in printed
+    assert "\n  cuda:0: off by 2\n" in printed and "cuda:1: off" not in printed
+    assert code == 1 and "the check of cuda:0 failed" in err
 
 
 @pytest.mark.usefixtures("fresh_choice")

@@ -483,7 +483,7 @@ def _print_machine(machine: Machine, variable: str) -> None:
         facts["features"] = " ".join(machine.features) or "none that the kernels use"
         facts["kernels"] = machine.library
         facts["compiled"] = ", ".join(machine.compiled)
-        facts["run here"] = ", ".join(machine.checks)
+        facts["run here"] = ", ".join(check for check in machine.checks if not check.startswith("cuda"))
     for name, value in facts.items():
         print(f"{name:12}  {value}")
     for device, name in machine.devices.items():

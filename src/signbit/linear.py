@@ -365,9 +365,10 @@ class PackedLinear(nn.Module):
         compiling = torch.compiler.is_compiling()
         if self._multiplies == "undecided" and not compiling:
             self.prepare()
-        on_kernels = self._multiplies == "kernels" and x.dtype in ops.KERNEL_FLOATS and x.device.type == "cpu"
+        on_kernels = self._multiplies == "kernels" and x.dtype in ops.KERNEL_FLOATS
         needs_grad = torch.is_grad_enabled() and x.requires_grad
-        if on_kernels and not needs_grad and self.norm_out != "batch_absmax":
+        plain = self.norm_in == self.norm_out == "none"
+        if on_kernels and not needs_grad and (plain or (x.device.type == "cpu" and self.norm_out != "batch_absmax")):
             return self._in_one_pass(x, activations, compiling or type(x) is not Tensor)
         if self.norm_in == "rms":
             x = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.norm_in_eps)).to(x.dtype)
@@ -386,7 +387,7 @@ class PackedLinear(nn.Module):
         return x if self.bias is None else x + self.bias
 
     def _in_one_pass(self, x: Tensor, activations: str, as_op: bool) -> Tensor:
-        """The kernels' own way: norms and bias inside, and outside of a graph no dispatcher on the way."""
+        """The kernels' own way: bias (and on the CPU norms) inside, and outside of a graph no dispatcher on the way."""
         if as_op:
             for place in range(len(self._columns)):
                 x = ops.prepared_linear(x, self._prepared(place), activations, *self._around(place))
@@ -394,7 +395,7 @@ class PackedLinear(nn.Module):
         multiplications = self._multiplications
         if not multiplications or multiplications[-1].bias is not self._parameters["bias"]:
             places = range(len(self._columns))
-            multiplications = [ops.Multiplication(self._prepared(place), *self._around(place)) for place in places]
+            multiplications = [ops.multiplication(self._prepared(place), *self._around(place)) for place in places]
             self._multiplications = multiplications
         for multiply in multiplications:
             x = multiply(x, activations)
@@ -403,9 +404,11 @@ class PackedLinear(nn.Module):
     def _around(self, place: int) -> tuple[Any, ...]:
         """Bias, norms and their eps, as far as they stand at one matrix of the chain."""
         last = place == len(self._columns) - 1
+        bias = self.bias if last else None
+        if self.norm_in == self.norm_out == "none":
+            return (bias,)
         return (
-            self.bias if last else None,
-            self.norm_in if place == 0 else "none", self.norm_in_eps, self.norm_out if last else "none",
+            bias, self.norm_in if place == 0 else "none", self.norm_in_eps, self.norm_out if last else "none",
             self.norm_out_eps,
         )  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_a_fault_breaks_a_law(fault, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", sorted(set(FAULTS.values())))
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.device != "cuda"])
 def test_an_honest_backend_breaks_none(name, kind, dtype):
     assert broken_laws(BACKENDS[name], kind, dtype) == []
 

@@ -7,35 +7,54 @@ import torch
 from signbit import bits
 from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.methods import AbsmeanLinear
-from signbit.ops import BACKENDS, binary_linear, int8_linear
+from signbit.ops import BACKENDS, binary_linear, cuda, int8_linear
+from signbit.ops.dispatch import Backend
 from signbit.ops.schema import _binary_linear, _binary_linear_input_grad, _int8_linear
 from signbit.weight import BinaryWeight
 from tests.laws import cases, laws
 
 SIZES = (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 129, 1000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return BACKENDS[request.param]
+def in_slices(count):
+    """The CUDA kernels as they multiply few tokens: `count` at a time."""
+
+    def multiply(x, w, activations):
+        if cuda.unsupported(w) or activations not in ("exact", "int8"):
+            return cuda.binary_linear(x, w, activations)
+        multiplication = cuda.Multiplication(cuda.prepare(w))
+        flat = x.reshape(-1, x.shape[-1])
+        pieces = [multiplication(piece, activations) for piece in flat.split(count)]
+        return torch.cat(pieces).reshape(*x.shape[:-1], w.signs.shape[1])
+
+    return Backend(f"cuda by {count}", multiply, cuda.int8_linear, "cuda")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
+PLACES = [
+    *((backend, "cpu") for backend in BACKENDS.values() if backend.device != "cuda"),
+    *(
+        pytest.param((backend, "cuda"), marks=pytest.mark.gpu)
+        for backend in (BACKENDS["reference"], BACKENDS["cuda"], in_slices(1), in_slices(3), in_slices(16))
+    ),
+]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place[0].name} on {place[1]}")
+def place(request):
+    if request.param[1] == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def _kernels_are_for_the_cpu(request):
-    if not {"backend", "device"} <= set(request.fixturenames):
-        return
-    backend, device = request.getfixturevalue("backend"), request.getfixturevalue("device")
-    if device != "cpu" and backend.name != "reference":
-        pytest.skip("a CPU kernel")
+@pytest.fixture
+def backend(place):
+    return place[0]
+
+
+@pytest.fixture
+def device(place):
+    return place[1]
 
 
 def to_device(w, device):

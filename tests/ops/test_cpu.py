@@ -14,7 +14,7 @@ from signbit.errors import OptionError
 from signbit.ops import BACKENDS, cpu, layout, native, reference
 
 needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
-KERNELS = [name for name in BACKENDS if name != "reference"]
+KERNELS = [name for name, backend in BACKENDS.items() if backend.device == "cpu"]
 
 
 def in_process(code, **variables):
@@ -91,6 +91,26 @@ def test_an_activation_that_is_not_finite_shows(isa, bad):
     x[0, 5] = bad
     y = BACKENDS[isa].binary_linear(x, cases.make("row").operands(), "int8")
     assert bool(y[0].isnan().all()) and bool(y[1].isfinite().all())
+
+
+# So many that a dense matrix is unpacked for the call: three planes, or many salient values.
+@needs_kernels
+@pytest.mark.parametrize("kind", ["pbllm_4bit", "salient_bitmap", "row"])
+def test_many_tokens(kind):
+    w = cases.make(kind)
+    multiply = cpu.Multiplication(cpu.prepare(w.operands()), torch.randn(24))
+    many = torch.randn(cpu.MANY_TOKENS, 128)
+    for mode in ("exact", "int8"):
+        few = torch.cat([multiply(x, mode) for x in many.split(8)])
+        assert (multiply(many, mode) - few).abs().max() <= 1e-5 * few.abs().max()
+
+
+@needs_kernels
+def test_many_tokens_of_a_head():
+    codes, scale = torch.randint(-127, 128, (cpu._HEAD_ROWS + 9, 40), dtype=torch.int8), torch.rand(cpu._HEAD_ROWS + 9)
+    many = torch.randn(cpu.MANY_TOKENS_OF_A_HEAD, 40)
+    few = torch.cat([cpu.int8_linear(x, codes, scale, "exact") for x in many.split(4)])
+    assert (cpu.int8_linear(many, codes, scale, "exact") - few).abs().max() <= 1e-5 * few.abs().max()
 
 
 @needs_kernels

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from signbit.errors import SignbitError
 from signbit.linear import PackedLinear
-from signbit.ops import Choice, cpu, explain, native
+from signbit.ops import Choice, cpu, cuda, explain, native
 from signbit.version import VERSION
 
 
@@ -22,7 +24,7 @@ class Machine:
     """The facts that decide which backend multiplies here.
 
     `devices` maps a device to its name. `library` is the file of the kernels; without one it is None, and `missing`
-    says why. `checks` has each instruction set that runs here, with what is wrong with it or None.
+    says why. `checks` has each instruction set and each GPU that the kernels run on here, with what is wrong or None.
     """
 
     versions: dict[str, str]
@@ -39,7 +41,7 @@ class Machine:
 
     @property
     def broken(self) -> list[str]:
-        """The instruction sets that fail their check."""
+        """The instruction sets and GPUs that fail their check."""
         return [isa for isa, wrong in self.checks.items() if wrong is not None]
 
 
@@ -55,11 +57,11 @@ class Multiplied:
 def examine() -> Machine:
     """This machine; every instruction set that runs is checked, not only the chosen one.
 
-    Raises OptionError if SIGNBIT_CPU names an instruction set that is not there.
+    Raises OptionError if SIGNBIT_CPU names an instruction set that is not there, or SIGNBIT_CUDA anything but reference.
     """
     found, processor = native.library(), _processor()
-    cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    devices = {"cpu": processor, **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in cuda}}
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    devices = {"cpu": processor, **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in gpus}}
     missing = found if isinstance(found, str) else None
     library = None if isinstance(found, str) else found
     return Machine(
@@ -78,7 +80,10 @@ def examine() -> Machine:
         missing=missing,
         features=library.features if library else (),
         compiled=library.compiled if library else (),
-        checks={isa: _wrong(isa) for isa in library.runs} if library else {},
+        checks={
+            **({isa: _wrong(cpu.check, isa) for isa in library.runs} if library else {}),
+            **{f"cuda:{i}": _wrong(cuda.check, i) for i in gpus if cuda.selected(i)[0] is not None},
+        },
     )
 
 
@@ -92,9 +97,9 @@ def multiplied(model: nn.Module) -> Multiplied:
     return Multiplied(len(layers), len(layers) - sum(map(len, reference.values())), reference)
 
 
-def _wrong(isa: str) -> str | None:
+def _wrong(check: Callable[[Any], str | None], where: str | int) -> str | None:
     try:
-        return cpu.check(isa)
+        return check(where)
     except SignbitError as error:
         return str(error)
 

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +14,16 @@ from signbit import bits
 from signbit.bits import Operands
 from signbit.errors import OptionError, ShapeError, SignbitError
 from signbit.ops import layout, native, reference
+from signbit.ops.prepared import Prepared
 
 #: Names the instruction set that multiplies ("avx512", "avxvnni", "avx2", "neon", "portable"), or "reference" for none.
 VARIABLE = "SIGNBIT_CPU"
 #: Beyond this many columns the integer sums of int8 would not be exact.
 MAX_COLUMNS = 65536
+#: So many tokens are many: the unpacking of a matrix is paid for.
+MANY_TOKENS = 256
+MANY_TOKENS_OF_A_HEAD = 32
+_HEAD_ROWS = 8192
 
 
 @functools.cache
@@ -59,44 +63,12 @@ def unsupported(w: Operands) -> str | None:
     return None
 
 
-class Prepared(NamedTuple):
-    """One matrix in the kernels' order; `stored` gives its operands back. Made by `prepare`.
-
-    `signs`, `scale` and `shift` as in `layout`, `salient_starts` int32 [N + 1]: how many salient values lie before each
-    row; the other tensors are the stored ones.
-    """
-
-    signs: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    in_scale: Tensor | None
-    in_shift: Tensor | None
-    salient_codes: Tensor | None
-    salient_positions: Tensor | None
-    salient_counts: Tensor | None
-    salient_scale: Tensor | None
-    salient_zero: Tensor | None
-    salient_starts: Tensor | None
-    shape: list[int]  # rows, columns, groups, planes, sign planes, scale rows, in_scale planes, salient bits
-
-    def stored(self) -> Operands:
-        """The operands that `prepare` took, equal but for sign bits under salient positions, which are 0."""
-        rows, columns, _, planes, sign_planes, scale_rows, _, salient_bits = self.shape
-        scale = layout.stored_rows(self.scale, rows) if scale_rows else self.scale
-        return Operands(
-            layout.stored_signs(self.signs, sign_planes, rows, columns), scale.reshape(planes, -1, scale.shape[-1]),
-            None if self.shift is None else layout.stored_rows(self.shift, rows), self.in_scale, self.in_shift,
-            self.salient_codes, self.salient_positions, self.salient_counts, self.salient_scale, self.salient_zero,
-            salient_bits, columns,
-        )  # fmt: skip
-
-
 def prepare(w: Operands) -> Prepared:
     """`w` in the kernels' order; the caller has asked `unsupported`."""
     found = native.library()
     assert isinstance(found, native.Library)
     sign_planes, rows, _ = w.signs.shape
-    signs, starts = w.signs, None
+    signs = w.signs
     if w.salient_positions is not None:
         signs = w.signs.clone(memory_format=torch.contiguous_format)
         positions = w.salient_positions.contiguous()
@@ -104,18 +76,19 @@ def prepare(w: Operands) -> Prepared:
             signs.data_ptr(), sign_planes, rows, w.in_features, positions.data_ptr(),
             None if w.salient_counts is None else w.salient_counts.contiguous().data_ptr(),
         )  # fmt: skip
-        starts = _starts(w)
-    planes, scale_rows, groups = w.scale.shape
-    # One row may share its scale with all: only a matrix of one row can be read both ways, and then they are the same.
-    per_row = scale_rows == rows
-    return Prepared(
-        layout.lay_signs(signs, w.in_features), layout.lay_rows(w.scale) if per_row else w.scale.contiguous(),
-        None if w.shift is None else layout.lay_rows(w.shift), _contiguous(w.in_scale), _contiguous(w.in_shift),
-        _contiguous(w.salient_codes), _contiguous(w.salient_positions), _contiguous(w.salient_counts),
-        _contiguous(w.salient_scale), _contiguous(w.salient_zero), starts,
-        [rows, w.in_features, groups, planes, sign_planes, int(per_row), 0 if w.in_scale is None else len(w.in_scale),
-         w.salient_bits],
-    )  # fmt: skip
+    return Prepared.of(w, layout.lay_signs(signs, w.in_features))
+
+
+def _better_by_torch(w: Prepared) -> tuple[str, ...]:
+    """The modes in which many tokens are multiplied faster by a dense matrix that is unpacked for the call.
+
+    Measured (docs/results.md): a plane costs the kernels half of what the dense product does, and salient values, which
+    they gather one by one, 25 times what as many bits do; with int8 activations the reference is slower, and so later.
+    """
+    rows, columns, _, planes, *_ = w.shape
+    share = 0.0 if w.salient_starts is None else int(w.salient_starts[-1]) / (rows * columns)
+    modes = {"exact": planes + 25 * share > 2, "int8": share > 0.25}
+    return tuple(mode for mode, better in modes.items() if better)
 
 
 class Multiplication:
@@ -150,6 +123,7 @@ class Multiplication:
         )  # fmt: skip
         self._matrix_address = ctypes.addressof(self._matrix)
         self._run = _function("signbit_linear")
+        self._torch = () if norm_in != "none" or norm_out != "none" else _better_by_torch(w)
         self._calls: dict[tuple[torch.dtype, str, int], tuple[int, native.Call]] = {}  # with its address
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
@@ -160,6 +134,9 @@ class Multiplication:
         shape = x.shape
         if not shape or shape[-1] != self._columns:
             raise ShapeError(f"the input has shape {list(shape)}; this layer takes [..., {self._columns}]")
+        if activations in self._torch and x.numel() >= MANY_TOKENS * self._columns:
+            y = reference.binary_linear(x, self.w.stored(), activations)
+            return y if self.bias is None else y + self.bias
         if not x.is_contiguous():
             x = x.contiguous()
         y = x.new_empty((*shape[:-1], self._rows))
@@ -186,6 +163,10 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str, isa: 
     if not supported or activations not in native.ACTIVATIONS:
         return reference.int8_linear(x, codes, scale, activations)
     rows, columns = codes.shape
+    if activations == "exact" and x.numel() >= MANY_TOKENS_OF_A_HEAD * columns:
+        # Floats times bytes: torch's own product of floats is faster, made of some rows at a time.
+        pieces = zip(codes.split(_HEAD_ROWS), scale.split(_HEAD_ROWS), strict=True)
+        return torch.cat([reference.int8_linear(x, c, s, activations) for c, s in pieces], dim=-1)
     x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
     matrix = native.Int8Matrix(rows, columns, native.FLOATS[scale.dtype], codes.data_ptr(), scale.data_ptr())
@@ -223,21 +204,6 @@ def _call(isa: str | None, activations: str, dtype: torch.dtype, threads: int) -
     return native.Call(
         found.runs[name], native.ACTIVATIONS[activations], threads, native.FLOATS[dtype], bias_type=native.NO_BIAS
     )
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _starts(w: Operands) -> Tensor:
-    """How many salient values lie before each row: int32 [N + 1]."""
-    assert w.salient_positions is not None
-    if w.salient_counts is not None:
-        counts = w.salient_counts.sum(dim=1, dtype=torch.int32)
-    else:
-        ones = bits.unpack_bits(torch.arange(256, dtype=torch.uint8)[:, None], 8).sum(dim=1).to(torch.int32)
-        counts = ones[w.salient_positions.to(torch.int32)].sum(dim=1, dtype=torch.int32)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
 
 
 def check(isa: str) -> str | None:

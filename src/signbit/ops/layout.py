@@ -1,9 +1,12 @@
-"""The order in which the CPU kernels stream a matrix, made once from the stored row-major bits, and back.
+"""The orders in which the kernels stream a matrix, made once from the stored row-major bits, and back.
 
-A block is 16 rows (one lane each), a word 32 columns, a chunk 32 words:
+On the CPU a block is 16 rows (one lane each), a word 32 columns, a chunk 32 words:
 signs become int32 [planes, chunk, block, word of the chunk, 16 rows] flattened, so that a thread reads its share of a
 chunk in one piece; scale and shift become […, block, G, 16]. Rows and columns beyond N and K are 0. Nothing is lost,
 so that the stored form need not be kept beside it.
+
+On the GPU signs become uint8 [planes, row tile, column tile, 32 lanes, 16 bytes], as a warp's matrix unit takes a tile of
+16 rows and 256 columns: see binary_linear.cu. A set bit is −1 there, and beyond N and K stands anything.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from signbit import bits
+
 BLOCK_ROWS = 16
 WORD_COLUMNS = 32
 CHUNK_WORDS = 32
+TILE_COLUMNS = 256
 
 
 def lay_signs(signs: Tensor, in_features: int) -> Tensor:
@@ -39,6 +45,40 @@ def stored_signs(laid: Tensor, planes: int, rows: int, in_features: int) -> Tens
         out[..., start : start + count].copy_(chunk.transpose(2, 3))
     stored = out.view(planes, blocks * BLOCK_ROWS, words).view(torch.uint8)
     return stored[:, :rows, : -(-in_features // 8)].contiguous()
+
+
+# Rows of a tile are 8r + g, its columns 32p + 16h + 4t + b; a lane is 4g + t and bit p of byte b of its word 2h + r.
+_TILE = ("planes", "blocks", "r", "g", "tiles", "p", "h", "t", "b")
+_LAID = ("planes", "blocks", "tiles", "g", "t", "h", "r", "b", "p")
+_AT_A_TIME = 64 * BLOCK_ROWS  # rows: unpacked, a bit takes a byte and more
+_SIZES = {"r": 2, "g": 8, "p": 8, "h": 2, "t": 4, "b": 4}
+
+
+def lay_tiles(signs: Tensor, in_features: int) -> Tensor:
+    """Stored signs uint8 [planes, N, ceil(K/8)] in the order of the GPU's kernels: uint8, one dimension."""
+    planes, rows, width = signs.shape
+    blocks, tiles = -(-rows // BLOCK_ROWS), -(-in_features // TILE_COLUMNS)
+    padded = F.pad(signs, (0, tiles * TILE_COLUMNS // 8 - width, 0, blocks * BLOCK_ROWS - rows))
+    pieces = []
+    for piece in padded.split(_AT_A_TIME, dim=1):
+        sizes = {**_SIZES, "planes": planes, "blocks": piece.shape[1] // BLOCK_ROWS, "tiles": tiles}
+        negative = bits.unpack_bits(piece, tiles * TILE_COLUMNS, dtype=torch.uint8) == 0
+        tile = negative.reshape([sizes[name] for name in _TILE])
+        pieces.append(bits.pack_signs(tile.permute([_TILE.index(name) for name in _LAID])))
+    return torch.cat(pieces, dim=1).view(-1)
+
+
+def stored_tiles(laid: Tensor, planes: int, rows: int, in_features: int) -> Tensor:
+    """The inverse of `lay_tiles`."""
+    blocks, tiles = -(-rows // BLOCK_ROWS), -(-in_features // TILE_COLUMNS)
+    pieces = []
+    for piece in laid.view(planes, blocks, -1).split(_AT_A_TIME // BLOCK_ROWS, dim=1):
+        sizes = {**_SIZES, "planes": planes, "blocks": piece.shape[1], "tiles": tiles}
+        negative = bits.unpack_bits(piece.reshape(-1, 1), 8, dtype=torch.uint8)
+        tile = negative.reshape([sizes[name] for name in _LAID]).permute([_LAID.index(name) for name in _TILE])
+        positive = tile.reshape(planes, -1, tiles * TILE_COLUMNS)[..., :in_features] == 0
+        pieces.append(bits.pack_signs(positive))
+    return torch.cat(pieces, dim=1)[:, :rows].contiguous()
 
 
 def lay_rows(values: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from signbit import bits
 from signbit.bits import Operands
 from signbit.errors import ShapeError
-from signbit.ops import cpu, dispatch
-from signbit.ops.cpu import Prepared
+from signbit.ops import dispatch
+from signbit.ops.prepared import Prepared
 
 
 @torch.library.custom_op("signbit::binary_linear", mutates_args=())
@@ -107,8 +107,9 @@ _PREPARED = ", ".join(
 )
 def _prepared_linear(x: Tensor, *arguments: Any) -> Tensor:
     count = len(Prepared._fields)
-    activations, *rest = arguments[count:]
-    return cpu.Multiplication(Prepared(*arguments[:count]), *rest)(x, activations)
+    activations, bias, *norms = arguments[count:]
+    w = Prepared(*arguments[:count])
+    return dispatch.multiplication(w, bias, *([] if w.signs.is_cuda else norms))(x, activations)
 
 
 @_prepared_linear.register_fake
@@ -207,7 +208,7 @@ def prepared_linear(
     norm_out: str = "none",
     norm_out_eps: float = 0.0,
 ) -> Tensor:
-    """norm_out(W · norm_in(x)) + bias for a prepared matrix, as an op that torch.compile sees; on the CPU.
+    """norm_out(W · norm_in(x)) + bias for a prepared matrix, as an op that torch.compile sees; norms on the CPU only.
 
     `x` is float32, bfloat16 or float16 [..., K]; the result has its dtype, [..., N]. Without norms and bias it has the
     gradient of `binary_linear`. Raises ShapeError if x does not end in K columns.

@@ -1,0 +1,135 @@
+"""The CUDA kernels beside torch's dense bfloat16 multiplication, in one run on one GPU.
+
+    python -m benchmarks.kernels_cuda --json kernels.json
+
+All linears of LLaMA-7B with weights of their own: q, k, v and gate, up as one matrix each, 4 × 32 launches (torch: 7 ×
+32), in one CUDA graph a replay of which is timed; for prefill without a graph. Quantizing the activations is inside.
+Nothing is timed that is not correct: each shape is compared with the reference first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.rows import Row, lower_is_better, show
+from signbit.ops import cuda, reference
+from signbit.weight import BinaryWeight
+
+WARM_S = 0.3
+FUSED = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
+SINGLE = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]
+
+
+def milliseconds(run: Callable[[], Any], runs: int) -> float:
+    """Median of `runs` calls, each between two events of the device, after WARM_S of calls that bring its clock up."""
+    until = time.perf_counter() + WARM_S
+    while time.perf_counter() < until:
+        run()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(runs):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return statistics.median(times)
+
+
+def in_a_graph(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run`, captured once; what it allocates stays with the graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.kept = run()  # type: ignore[attr-defined]
+    return graph.replay
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes."""
+    source = torch.ones(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / milliseconds(lambda: target.copy_(source), 10) * 1e3
+
+
+def random_weight(rows: int, columns: int, group: int) -> BinaryWeight:
+    signs = torch.randint(0, 256, (1, rows, columns // 8), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(1, rows, columns // group if group > 0 else 1, device="cuda").half() * 0.02 + 0.01
+    return BinaryWeight(signs, scale, columns)
+
+
+def check(weight: BinaryWeight, multiply: cuda.Multiplication, tokens: int, dtype: torch.dtype) -> None:
+    """Ends the run unless the kernels give what the reference gives."""
+    x = torch.randn(tokens, weight.in_features, device="cuda").to(dtype)
+    for mode in ("exact", "int8"):
+        want = reference.binary_linear(x.float(), weight.operands(), mode)
+        error = float((multiply(x, mode).float() - want).abs().max() / want.abs().max())
+        if not error <= 2 * torch.finfo(dtype).eps:
+            raise SystemExit(f"{mode}, {tokens} tokens: {error:.2g} off the reference; nothing is timed")
+
+
+def chain(multiplies: list[Callable[[torch.Tensor], Any]], inputs: list[torch.Tensor]) -> Callable[[], Any]:
+    return lambda: [multiply(x) for multiply, x in zip(multiplies, inputs, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 2048])
+    parser.add_argument("--groups", nargs="+", type=int, default=[-1, 128])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--single", action="store_true", help="also the seven linears of a block one by one")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    copied = bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copied / 1e9:.0f} GB/s")
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(args.layers) for n, k in SINGLE]
+    theirs = {}
+    for tokens in args.tokens:
+        inputs = [torch.randn(tokens, w.shape[1], device="cuda", dtype=torch.bfloat16) for w in dense]
+        run = chain([lambda x, w=w: F.linear(x, w) for w in dense], inputs)
+        theirs[tokens] = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
+    del dense, inputs, run
+    rows: list[Row] = []
+    for group in args.groups:
+        for shapes in (FUSED, SINGLE) if args.single else (FUSED,):
+            weights = [random_weight(n, k, group) for _ in range(args.layers) for n, k in shapes]
+            multiplies = [cuda.Multiplication(cuda.prepare(w.operands())) for w in weights]
+            packed_bytes = sum(w.nbytes for w in weights)
+            for tokens in args.tokens:
+                for weight, multiply in list(zip(weights, multiplies, strict=True))[: len(set(shapes)) + 1]:
+                    check(weight, multiply, tokens, dtype)
+                inputs = [torch.randn(tokens, w.in_features, device="cuda", dtype=dtype) for w in weights]
+                for mode in ("int8", "exact"):
+                    run = chain([lambda x, f=f, m=mode: f(x, m) for f in multiplies], inputs)
+                    ours = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
+                    form = "row scale" if group < 0 else f"group {group}"
+                    launches = f"{len(shapes)} × {args.layers}"
+                    work = (
+                        f"{'decode' if tokens < 64 else 'prefill'} {mode}, {tokens} tokens, {form}, {launches} linears"
+                    )
+                    rows.append(lower_is_better(work, ours, "torch bfloat16", theirs[tokens], "ms"))
+                    share = packed_bytes / ours * 1e3 / copied
+                    if tokens < 64:
+                        rows.append(Row(f"{work}: bytes", share * copied / 1e9, "copy", copied / 1e9, share, "GB/s"))
+            del weights, multiplies, inputs, run
+    show(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

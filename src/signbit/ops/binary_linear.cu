@@ -1,0 +1,995 @@
+// y = W · x for few tokens on packed bits, and W as a dense matrix: the CUDA kernels, compiled by NVRTC at the first use.
+//
+// No header is included, so that nothing but a driver and NVRTC (which torch brings) is needed. The macros that choose a
+// variant are set by cuda.py:
+//   MODE      0 int8, one token, no groups: the eight bit planes of its codes are the columns of a one-bit product
+//             1 int8; 2 exact, float16; 3 exact, bfloat16: signs as ±1 in halves, up to 8·COLUMNS tokens. Codes are
+//               whole numbers that a float16 holds, and their float32 sums are exact as long as they stay below 2²⁴
+//               (the matrix units are several times slower at int8 than at float16 on an H100)
+//   COLUMNS   blocks of eight tokens: 1 or 2
+//   ONE       1 for one token
+//   SCALES    float type of scales and shifts;  SHARED_SCALES 1 if those of a block's rows lie in shared memory
+//   X_TYPE    float type of x and y;  VECTORS 1 if eight of its halves can be read at a time. Code that does not run here
+//             is not in the kernel: a launch is so short that fetching instructions counts
+//   GROUPED   1 if a row has several scales
+//   STAGES    tiles of 512 bytes that a warp fetches ahead
+//   SIMPLE    1 if one plane, whose columns all lie prepared at once, is the whole product
+//   TERMS     1 if there are input scales, shifts or salient values
+//   UNPACK    instead of all these: the kernels that make the dense matrix
+//   HEAD      instead of all these: the int8 matrix, with float activations (HEAD=0) or int8 ones (HEAD=1)
+//
+// Dims: N rows, K columns, G groups of `width` columns, P planes, T tokens. A row tile is 16 rows, a column tile 256
+// columns. Signs lie as the matrix units take them (layout.lay_tiles): [P][row tile][column tile][lane][4 words], a set
+// bit for −1. Lane 4g + t of a warp holds of rows g and g + 8 the columns 32p + 16h + 4t + b as bit 8b + p of a word,
+// h = 0, 1: word 2h + (row ≥ 8). So byte p of … of all lanes make 32 neighbouring columns, which is why groups of 32
+// columns or more need no other order. Scales and shifts lie as [P][row tile][G][16].
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+
+#ifndef MODE
+#define MODE 0
+#define COLUMNS 1
+#define ONE 1
+#define X_TYPE 0
+#define VECTORS 0
+#define SHARED_SCALES 0
+#define GROUPED 0
+#define TERMS 0
+#define SIMPLE 0
+#define STAGES 4
+#endif
+#ifdef SCALES
+#define FLOAT_TYPE(a) SCALES
+#else
+#define FLOAT_TYPE(a) (a).float_type
+#endif
+#define WARPS 16
+#define THREADS (32 * WARPS)
+#define TOKENS (8 * COLUMNS)
+#define INT8 (MODE < 2)
+#define BATCH (!VECTORS ? 1 : ONE ? 3 : COLUMNS == 1 ? 8 : 4) // vectors of eight activations that a thread reads at a time
+#define AT_ONCE (MODE == 0 ? 4 : 2) // row tiles that a warp multiplies at a time
+
+struct Arguments {
+  const uint4 *signs;
+  const void *scale, *shift, *in_scale, *in_shift, *bias;
+  const u8 *codes, *positions, *counts, *zeros;
+  const u32 *starts;
+  const void *salient_scale, *x;
+  void *y;
+  int rows, columns, groups, width, planes, sign_planes, in_scale_planes, scale_rows, float_type, salient_bits;
+  int tokens, x_type, bias_type;
+  int chunk; // columns that lie prepared in shared memory at a time, a multiple of 256
+};
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+__device__ __forceinline__ float half_to_float(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+__device__ __forceinline__ u16 float_to_half(float f) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+__device__ __forceinline__ u16 float_to_bfloat(float f) {
+  u16 h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+__device__ __forceinline__ float widen(u16 h, int type) {
+  return type == BFLOAT16 ? __uint_as_float(u32(h) << 16) : half_to_float(h);
+}
+__device__ __forceinline__ u16 narrow(float f, int type) { return type == BFLOAT16 ? float_to_bfloat(f) : float_to_half(f); }
+__device__ __forceinline__ float load(const void *from, long long i, int type) {
+  return type == FLOAT32 ? ((const float *)from)[i] : widen(((const u16 *)from)[i], type);
+}
+__device__ __forceinline__ float rounded(float f, int type) { return type == FLOAT32 ? f : widen(narrow(f, type), type); }
+__device__ __forceinline__ void store(void *to, long long i, float f, int type) {
+  if (type == FLOAT32) ((float *)to)[i] = f;
+  else ((u16 *)to)[i] = narrow(f, type);
+}
+
+// Activations come from the kernel before this one, which may still run when this one begins: they are read where all
+// multiprocessors see them, past the first-level cache, which may hold what stood there earlier.
+__device__ __forceinline__ u32 fresh32(const void *p) {
+  u32 v;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ u16 fresh16(const void *p) {
+  u16 v;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint4 fresh128(const void *p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ void copy_async(void *shared, const void *global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void await_oldest_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(STAGES / AT_ONCE - 1) : "memory");
+}
+
+// Lets the next kernel begin, which reads its weights while this one computes; and waits for all of the one before.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void multiply_bits(int (&acc)[4], const uint4 &a, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply_halves(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if MODE < 3
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#if MODE == 0
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+
+// Where everything lies in shared memory. Bytes of a token's prepared activations: such that eight tokens, or two, that
+// are read at once lie in different banks.
+struct Shared {
+  uint4 *ring;    // [WARPS][STAGES][32]
+  u8 *activations; // [T][pitch] halves; MODE 0: [column tile][32 lanes][2] words of bit planes
+  u8 *codes;       // MODE 0: [column tile][256]; of both a column tile takes PADDED bytes
+  Sum *partial; // [tiles at a time][slots][16][T or 8·COLUMNS]
+  Sum *sums;    // [tiles][16][T]: of one plane
+  float *result;    // [tiles][16][T]
+  float *scales;    // [P][tiles][G][16], or none
+  float *group_sums; // [T][G]
+  float *step, *dot; // [TOKENS] each
+  float *row;       // [3][WARPS]
+};
+
+#define WIDE (ONE ? 1 : TOKENS)
+#define PADDED 288 // so that the same place of eight neighbouring column tiles lies in different banks
+
+struct Plan {
+  int row_tiles, column_tiles, first, tiles, slots, slot, shift_tiles, lanes_of, chunk_tiles, chunks, pitch, width_t;
+};
+
+// Eight neighbouring columns of a token; zero beyond the last.
+__device__ __forceinline__ void widen8(const uint4 &v, int type, float (&f)[8]) {
+  const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    f[2 * i] = widen(u16(w[i] & 0xffff), type);
+    f[2 * i + 1] = widen(u16(w[i] >> 16), type);
+  }
+}
+
+__device__ __forceinline__ void read8(const Arguments &a, int token, int k, float (&f)[8]) {
+  const long long at = (long long)token * a.columns + k;
+#if VECTORS
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (k < a.columns) v = fresh128((const u16 *)a.x + at);
+  widen8(v, X_TYPE, f);
+#else
+  for (int i = 0; i < 8; i++) {
+    if (k + i >= a.columns) f[i] = 0;
+    else if (X_TYPE == FLOAT32) f[i] = __uint_as_float(fresh32((const float *)a.x + at + i));
+    else f[i] = widen(fresh16((const u16 *)a.x + at + i), X_TYPE);
+  }
+#endif
+}
+
+__device__ __forceinline__ void scale8(const Arguments &a, int plane, int k, float (&f)[8]) {
+#if TERMS
+  if (plane < 0 || a.in_scale == 0) return;
+  const long long row = (long long)min(plane, a.in_scale_planes - 1) * a.columns;
+  for (int i = 0; i < 8; i++)
+    if (k + i < a.columns) f[i] *= load(a.in_scale, row + k + i, FLOAT_TYPE(a));
+#endif
+}
+
+// BATCH vectors of eight activations of a token that are under way together; vector i is at `from` + i·stride. Other
+// activations than vectors of halves are read when they are asked for.
+struct Batch {
+  uint4 v[BATCH];
+
+  __device__ __forceinline__ void read(const Arguments &a, int token, int from, int stride) {
+#if VECTORS
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+      const int k = from + i * stride;
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (k < a.columns) v[i] = fresh128((const u16 *)a.x + (long long)token * a.columns + k);
+    }
+#endif
+  }
+  __device__ __forceinline__ void widen(const Arguments &a, int token, int i, int k, int plane, float (&f)[8]) {
+#if VECTORS
+    widen8(v[i], X_TYPE, f);
+#else
+    read8(a, token, k, f);
+#endif
+    scale8(a, plane, k, f);
+  }
+};
+
+// q = round_half_even(127·u/a) of eight activations, as floats plus MAGIC, whose lowest byte then is q's. The quotient is
+// the product with 1/a, corrected by its own remainder: what a division gives (Markstein's theorem), without its branches.
+#define MAGIC 12582912.0f
+__device__ __forceinline__ void quantize8(float (&f)[8], float a, float reciprocal) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float u = __fmul_rn(127.0f, f[j]), near = __fmul_rn(u, reciprocal);
+    f[j] = __fadd_rn(__fmaf_rn(__fmaf_rn(-near, a, u), reciprocal, near), MAGIC);
+  }
+}
+
+__device__ __forceinline__ u32 lowest_bytes(float a, float b, float c, float d) {
+  const u32 low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
+  return __byte_perm(low, __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040), 0x5410);
+}
+
+__device__ __forceinline__ u32 halves(float low, float high) {
+  u32 both;
+#if MODE == 3
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+  return both;
+}
+
+// Which token a warp prepares, with how many others, as which of them.
+struct Share {
+  int warps, token, part;
+  bool mine;
+};
+__device__ __forceinline__ Share share_of(const Arguments &a) {
+  const int warp = threadIdx.x / 32;
+#if ONE
+  return {WARPS, 0, warp, true};
+#else
+  const int warps = WARPS / a.tokens;
+  return {warps, warp / warps, warp % warps, warp / warps < a.tokens};
+#endif
+}
+
+// Prepares the activations of columns [begin, end) for a plane (−1: without input scales): their steps at the first
+// chunk, then codes or halves in the order of the matrix units.
+__device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end,
+                                        bool first) {
+  [[maybe_unused]] const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const Share share = share_of(a);
+  const int stride = share.warps * 256, from = (share.part * 32 + lane) * 8;
+  Batch batch;
+  bool kept = false; // the batch that was read last is the only one
+#if INT8
+  float largest = 1;
+  if (first) {
+    u32 most = 0;
+    if (share.mine) {
+      for (int k = from; k == from || k < a.columns; k += stride * BATCH) { // at least once: a batch that is kept was read
+        batch.read(a, share.token, k, stride);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+          float f[8];
+          batch.widen(a, share.token, i, k + i * stride, plane, f);
+#pragma unroll
+          for (int j = 0; j < 8; j++) most = max(most, __float_as_uint(f[j]) & 0x7fffffff);
+        }
+      }
+      kept = a.columns <= stride * BATCH;
+    }
+    most = __reduce_max_sync(~0u, most);
+    if (lane == 0) s.row[warp] = __uint_as_float(most);
+    __syncthreads();
+    most = lane < share.warps && share.mine ? __float_as_uint(s.row[share.token * share.warps + lane]) : 0;
+    most = __reduce_max_sync(~0u, most);
+    // The bits of floats are ordered as they are; from infinity on, nothing is a number.
+    largest = most >= 0x7f800000 ? __uint_as_float(0x7fffffff) : fmaxf(__uint_as_float(most), 1e-5f);
+    if (lane == 0 && share.part == 0 && share.mine) s.step[share.token] = largest;
+  } else if (share.mine) {
+    largest = s.step[share.token];
+  }
+  const float reciprocal = __frcp_rn(largest);
+#endif
+#if MODE == 0
+  int total = 0;
+#endif
+  if (share.mine)
+    for (int k0 = begin + from; k0 < end; k0 += stride * BATCH) {
+      if (!kept) batch.read(a, share.token, k0, stride);
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) {
+        const int k = k0 + i * stride;
+        if (k >= end) break;
+        float f[8];
+        batch.widen(a, share.token, i, k, plane, f);
+#if INT8
+        quantize8(f, largest, reciprocal);
+#endif
+#if MODE == 0
+        // Columns k … k + 3 and k + 4 … k + 7: two neighbours t of the same h.
+        const int at = (k % 256) / 32 * 32 + (k % 16) * 2 + (k / 16 % 2) * 4;
+        const u32 low = lowest_bytes(f[0], f[1], f[2], f[3]), high = lowest_bytes(f[4], f[5], f[6], f[7]);
+        total = __dp4a((int)low, 0x01010101, __dp4a((int)high, 0x01010101, total));
+        u8 *to = s.codes + k / 256 * PADDED + at;
+        *(u32 *)to = low;
+        *(u32 *)(to + 8) = high;
+#else
+#if INT8
+#pragma unroll
+        for (int j = 0; j < 8; j++) f[j] -= MAGIC;
+#endif
+        // Bits j and j + 16 of a word meet in one register: columns b and b + 2; and the two h of a product side by side.
+        u32 *to = (u32 *)(s.activations + share.token * plan.pitch + (k - begin) / 32 * 64) + k % 16 + k / 16 % 2;
+        to[0] = halves(f[0], f[2]);
+        to[2] = halves(f[1], f[3]);
+        to[4] = halves(f[4], f[6]);
+        to[6] = halves(f[5], f[7]);
+#endif
+      }
+    }
+#if MODE == 0
+  total = __reduce_add_sync(~0u, total);
+  if (lane == 0) s.row[WARPS + warp] = __int_as_float(total);
+  __syncthreads();
+  // Eight words of bytes become eight bit planes: each three swaps of halves of ever smaller squares of bits.
+  for (int unit = threadIdx.x; unit < plan.column_tiles * 8; unit += THREADS) {
+    const int tile = unit / 8, place = unit % 8; // 2t + h
+    u32 v[8];
+#pragma unroll
+    for (int p = 0; p < 8; p++) v[p] = *(u32 *)(s.codes + tile * PADDED + p * 32 + place * 4);
+#pragma unroll
+    for (int step = 4; step > 0; step /= 2) {
+      const u32 mask = step == 4 ? 0x0f0f0f0f : step == 2 ? 0x33333333 : 0x55555555;
+#pragma unroll
+      for (int p = 0; p < 8; p++)
+        if ((p & step) == 0) {
+          const u32 low = v[p], high = v[p + step];
+          v[p] = (low & mask) | (high & mask) << step;
+          v[p + step] = (low >> step & mask) | (high & ~mask);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < 8; n++) *(u32 *)(s.activations + tile * PADDED + n * 32 + place * 4) = v[n];
+  }
+#endif
+  __syncthreads();
+}
+
+// A prepared activation of a token; `k` counts from the chunk's first column.
+__device__ __forceinline__ float activation(const Plan &plan, const Shared &s, int token, int k) {
+#if MODE == 0
+  const int at = (k % 256) / 32 * 32 + (k / 4 % 4) * 8 + (k / 16 % 2) * 4;
+  return ((const signed char *)s.codes)[k / 256 * PADDED + at + k % 4];
+#else
+  const int at = k / 32 * 32 + (k / 4 % 4) * 8 + (k % 2) * 4 + (k / 16 % 2) * 2 + k / 2 % 2;
+  return widen(((const u16 *)(s.activations + token * plan.pitch))[at], MODE == 3 ? BFLOAT16 : FLOAT16);
+#endif
+}
+
+__device__ __forceinline__ float scale_in_memory(const Arguments &a, int row_tiles, int plane, int tile, int group, int row) {
+  return a.scale_rows ? load(a.scale, (((long long)plane * row_tiles + tile) * a.groups + group) * 16 + row, FLOAT_TYPE(a))
+                      : load(a.scale, plane * a.groups + group, FLOAT_TYPE(a));
+}
+// Of the block's own row tiles, which are counted from 0.
+__device__ __forceinline__ float scale_of(const Arguments &a, const Plan &plan, const Shared &s, int plane, int tile, int group,
+                                          int row) {
+  if (SHARED_SCALES) return s.scales[((plane * plan.tiles + tile) * (GROUPED ? a.groups : 1) + group) * 16 + row];
+  return scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, group, row);
+}
+
+#if TERMS || defined(UNPACK)
+// Calls visit(column, its number among all salient values) for row n's salient values in columns [begin, end), both
+// multiples of 256 or K; all lanes of a warp together.
+template <class Visit>
+__device__ __forceinline__ void salient_row(const Arguments &a, int n, int begin, int end, Visit visit) {
+  const int lane = threadIdx.x % 32, blocks = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
+  u32 base = a.starts[n];
+  if (a.counts != 0) {
+    for (int first = 0; first < blocks; first += 32) {
+      const int own = first + lane < blocks ? a.counts[(long long)n * blocks + first + lane] : 0;
+      for (int j = 0; j < 32 && first + j < blocks; j++) {
+        const int count = __shfl_sync(~0u, own, j), column = (first + j) * 256;
+        if (column >= begin && column < end)
+          for (int i = lane; i < count; i += 32) visit(column + a.positions[base + i], base + i);
+        base += count;
+      }
+    }
+    return;
+  }
+  for (int first = 0; first < width; first += 32) {
+    const u32 own = first + lane < width ? a.positions[(long long)n * width + first + lane] : 0;
+    u32 before = __popc(own);
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += other;
+    }
+    u32 at = base + before - __popc(own);
+    base += __shfl_sync(~0u, before, 31);
+    if (first * 8 >= begin && first * 8 < end)
+      for (u32 left = own; left != 0; left &= left - 1) visit((first + lane) * 8 + __ffs(left) - 1, at++);
+  }
+}
+
+__device__ __forceinline__ float salient_value(const Arguments &a, int n, u32 e) {
+  const u64 bit = (u64)e * a.salient_bits;
+  const u8 *byte = a.codes + bit / 8;
+  const int in_byte = bit % 8;
+  u32 code = byte[0] >> in_byte;
+  if (in_byte + a.salient_bits > 8) code |= u32(byte[1]) << (8 - in_byte);
+  code &= (1u << a.salient_bits) - 1;
+  return __fmul_rn(load(a.salient_scale, n, FLOAT_TYPE(a)), float(int(code) - int(a.zeros[n])));
+}
+#endif
+
+#if TERMS
+// Salient values take the place of what stands at their positions. There all sign bits say −1 and the shifts are as
+// everywhere: that much is taken back, of the activations that are prepared now, and the values meet x itself.
+__device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end) {
+  const int lane = threadIdx.x % 32;
+  const bool whole = plane < 0 || (plane == 0 && a.in_scale == 0);
+  for (int row = threadIdx.x / 32; row < plan.tiles * 16; row += WARPS) {
+    const int n = plan.first * 16 + row, tile = plan.first + row / 16;
+    if (n >= a.rows) break;
+    float sums[TOKENS], plain[TOKENS];
+    for (int t = 0; t < TOKENS; t++) sums[t] = plain[t] = 0;
+    salient_row(a, n, begin, end, [&](int column, u32 e) {
+      const int group = a.groups == 1 ? 0 : column / a.width;
+      float factor = plane >= 0 ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : 0;
+      if (whole) {
+        factor += salient_value(a, n, e);
+        if (a.shift != 0) factor -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
+      }
+      const float shift = whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
+#pragma unroll
+      for (int t = 0; t < TOKENS; t++)
+        if (t < a.tokens) {
+          sums[t] += factor * activation(plan, s, t, column - begin);
+          if (shift != 0) {
+            const long long at = (long long)t * a.columns + column;
+            plain[t] += shift * (X_TYPE == FLOAT32 ? __uint_as_float(fresh32((const float *)a.x + at))
+                                                   : widen(fresh16((const u16 *)a.x + at), X_TYPE));
+          }
+        }
+    });
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+      if (t < a.tokens) {
+        float sum = INT8 ? sums[t] * (s.step[t] / 127.0f) - plain[t] : sums[t] - plain[t];
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (lane == 0) s.result[row * WIDE + t] += sum;
+      }
+  }
+}
+#endif
+
+// The highest bits of both halves as the signs of two ones: one instruction, if `ones` is in a register (it takes only one
+// constant, and the compiler would make two instructions of two constants).
+__device__ __forceinline__ u32 signed_ones(u32 word, u32 ones) {
+  u32 both;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(both) : "r"(word), "r"(0x80008000), "r"(ones)); // (word & mask) ^ ones
+  return both;
+}
+
+// AT_ONCE tiles of 16 rows and 256 columns each, so that no product waits for the one before it. The last row tiles may
+// be none of the block's: what comes out of them is not looked at.
+__device__ __forceinline__ void units(const Arguments &a, const Plan &plan, const Shared &s, const uint4 (&w)[AT_ONCE],
+                                      int plane, int tile, int column_tile, int in_chunk,
+                                      Sum (&partial)[AT_ONCE][COLUMNS][4]) {
+  const int lane = threadIdx.x % 32;
+#if MODE == 0
+  const uint2 b = *(const uint2 *)(s.activations + in_chunk * PADDED + lane * 8);
+#pragma unroll
+  for (int u = 0; u < AT_ONCE; u++) multiply_bits(partial[u][0], w[u], b.x, b.y);
+#else
+  const int g = lane / 4, t = lane % 4;
+  const u32 ones = (MODE == 3 ? 0x3f803f80 : 0x3c003c00) | (u32)a.rows >> 31; // 0 there, but no constant
+#if GROUPED
+  Sum acc[AT_ONCE][COLUMNS][4];
+#pragma unroll
+  for (int u = 0; u < AT_ONCE; u++)
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[u][n][i] = 0;
+#else
+  Sum(&acc)[AT_ONCE][COLUMNS][4] = partial;
+#endif
+#pragma unroll
+  for (int p = 0; p < 8; p++) {
+    uint4 b[COLUMNS];
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) {
+      // Columns beyond the last token repeat it: nobody looks at them, and no lane goes another way.
+      const int token = ONE ? 0 : min(n * 8 + g, a.tokens - 1);
+      b[n] = *(const uint4 *)(s.activations + token * plan.pitch + in_chunk * 512 + p * 64 + t * 16);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++) {
+        const u32 words[4] = {w[u].x, w[u].y, w[u].z, w[u].w};
+        u32 signs[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          signs[i] = signed_ones(words[i] << (15 - half * 8 - p), ones);
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++)
+          multiply_halves(acc[u][n], signs, half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
+      }
+#if GROUPED
+    const int done = column_tile * 256 + (p + 1) * 32;
+    if (done % a.width == 0 || p == 7) {
+      const int group = min((done - 1) / a.width, a.groups - 1);
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++) {
+        const int row_tile = min(tile + u * plan.lanes_of, plan.tiles - 1);
+        const float low = scale_of(a, plan, s, plane, row_tile, group, g);
+        const float high = scale_of(a, plan, s, plane, row_tile, group, g + 8);
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            partial[u][n][i] += acc[u][n][i] * (i < 2 ? low : high);
+            acc[u][n][i] = 0;
+          }
+      }
+    }
+#endif
+  }
+#endif
+}
+
+// The units of a warp in the order in which it takes them: plane, chunk of columns, AT_ONCE row tiles, column tile.
+struct Walk {
+  int plane, chunk, tile, column;
+
+  __device__ __forceinline__ void begin(const Plan &p) {
+    plane = chunk = 0;
+    tile = p.width_t;
+    column = p.slot;
+  }
+  __device__ __forceinline__ bool settle(const Arguments &a, const Plan &p) {
+    while (plane < a.planes) {
+      if (column < min((chunk + 1) * p.chunk_tiles, p.column_tiles) && tile < p.tiles) return true;
+      if (tile < p.tiles) tile += p.lanes_of * AT_ONCE;
+      if (tile >= p.tiles) {
+        tile = p.width_t;
+        if (++chunk == p.chunks) chunk = 0, plane++;
+        if (tile >= p.tiles) return false;
+      }
+      column = chunk * p.chunk_tiles + p.slot;
+    }
+    return false;
+  }
+  __device__ __forceinline__ void fetch(const Arguments &a, const Plan &p, uint4 *to) {
+    if (settle(a, p)) {
+      const long long at = (long long)(a.sign_planes == 1 ? 0 : plane) * p.row_tiles + p.first + tile;
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++)
+        if (tile + u * p.lanes_of < p.tiles)
+          copy_async(to + u * 32, a.signs + ((at + u * p.lanes_of) * p.column_tiles + column) * 32 + threadIdx.x % 32);
+      column += p.slots;
+    }
+    copies_end();
+  }
+};
+
+#define TURNS (WIDE == 1 ? 16 : WIDE == 8 ? 4 : 2) // a multiple of AT_ONCE: row tiles of a warp that are summed at a time
+
+// What a plane's sum, i of [tiles][16][WIDE], gives to y; `total` is Σq in MODE 0.
+__device__ __forceinline__ float contribution(const Arguments &a, const Plan &plan, const Shared &s, int plane, int i,
+                                              Sum sum, int total) {
+#if INT8
+  const float step = s.step[i % WIDE] / 127.0f;
+#else
+  const float step = 1;
+#endif
+#if GROUPED
+  return sum * step;
+#else
+  const int row = i / WIDE;
+  const float scale = scale_of(a, plan, s, plane, row / 16, 0, row % 16) * step;
+#if MODE == 0
+  return float(total - 2 * sum) * scale;
+#else
+  return sum * scale;
+#endif
+#endif
+}
+
+__device__ __forceinline__ void write(const Arguments &a, const Plan &plan, int i, float y) {
+  const int token = i % WIDE, n = plan.first * 16 + i / WIDE;
+  if (n >= a.rows) return;
+  y = rounded(y, X_TYPE);
+  if (a.bias != 0) y += load(a.bias, n, a.bias_type);
+  store(a.y, (long long)token * a.rows + n, y, X_TYPE);
+}
+
+#if defined(HEAD)
+
+struct HeadArguments {
+  const uint4 *codes; // int8 [N][K], K a multiple of 16
+  const void *scale, *x;
+  void *y;
+  int rows, columns, float_type, tokens, x_type;
+};
+
+// y = x · (scale ∘ codes)ᵀ for up to 16 tokens with int8 activations, for one with floats; a warp takes a row at a time.
+extern "C" __global__ void __launch_bounds__(256) head(const HeadArguments a) {
+  extern __shared__ __align__(128) u8 memory[];
+  float *row = (float *)memory, *step = row + 16;
+  u8 *prepared = memory + 256;
+  let_next_begin();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  await_previous();
+  auto read = [&](int token, int k) {
+    const long long at = (long long)token * a.columns + k;
+    return a.x_type == FLOAT32 ? __uint_as_float(fresh32((const float *)a.x + at))
+                               : widen(fresh16((const u16 *)a.x + at), a.x_type);
+  };
+#if HEAD
+  const int warps = a.tokens < 8 ? 8 / a.tokens : 1;
+  for (int first = 0; first < a.tokens; first += 8 / warps) {
+    const int token = first + warp / warps, from = warp % warps * 32 + lane;
+    const bool mine = warp / warps < 8 / warps && token < a.tokens;
+    u32 most = 0;
+    if (mine)
+      for (int k = from; k < a.columns; k += warps * 32) most = max(most, __float_as_uint(read(token, k)) & 0x7fffffff);
+    for (int s = 16; s > 0; s /= 2) most = max(most, __shfl_xor_sync(~0u, most, s));
+    if (lane == 0) row[warp] = __uint_as_float(most);
+    __syncthreads();
+    if (mine) {
+      most = 0;
+      for (int w = 0; w < warps; w++) most = max(most, __float_as_uint(row[warp / warps * warps + w]));
+      const float largest = most >= 0x7f800000 ? __uint_as_float(0x7fffffff) : fmaxf(__uint_as_float(most), 1e-5f);
+      if (lane == 0 && warp % warps == 0) step[token] = largest / 127.0f;
+      for (int k = from; k < a.columns; k += warps * 32)
+        prepared[token * a.columns + k] = (u8)__float2int_rn(__fdiv_rn(127.0f * read(token, k), largest));
+    }
+    __syncthreads();
+  }
+#else
+  // A lane takes 16 columns as four vectors: those of all lanes lie side by side.
+  for (int k = threadIdx.x; k < a.columns; k += 256)
+    ((float *)prepared)[((k / 512 * 4 + k / 4 % 4) * 32 + k / 16 % 32) * 4 + k % 4] = read(0, k);
+  __syncthreads();
+#endif
+  const int vectors = a.columns / 16;
+  for (int n = blockIdx.x * 8 + warp; n < a.rows; n += gridDim.x * 8) {
+    const uint4 *codes = a.codes + (long long)n * vectors;
+#if HEAD
+    int sums[16];
+#pragma unroll
+    for (int t = 0; t < 16; t++) sums[t] = 0;
+#pragma unroll 4
+    for (int v = lane; v < vectors; v += 32) {
+      const uint4 c = codes[v];
+#pragma unroll
+      for (int t = 0; t < 16; t++)
+        if (t < a.tokens) {
+          const uint4 q = *(const uint4 *)(prepared + t * a.columns + v * 16);
+          sums[t] = __dp4a((int)c.x, (int)q.x, sums[t]);
+          sums[t] = __dp4a((int)c.y, (int)q.y, sums[t]);
+          sums[t] = __dp4a((int)c.z, (int)q.z, sums[t]);
+          sums[t] = __dp4a((int)c.w, (int)q.w, sums[t]);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < 16; t++)
+      if (t < a.tokens) {
+        for (int s = 16; s > 0; s /= 2) sums[t] += __shfl_xor_sync(~0u, sums[t], s);
+        if (lane == 0)
+          store(a.y, (long long)t * a.rows + n, float(sums[t]) * (load(a.scale, n, a.float_type) * step[t]), a.x_type);
+      }
+#else
+    float sum = 0;
+#pragma unroll 4
+    for (int v = lane; v < vectors; v += 32) {
+      const uint4 c = codes[v];
+      const u32 words[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float4 x = ((const float4 *)prepared)[(v / 32 * 4 + j) * 32 + lane];
+        sum += x.x * float((signed char)(words[j])) + x.y * float((signed char)(words[j] >> 8)) +
+               x.z * float((signed char)(words[j] >> 16)) + x.w * float((signed char)(words[j] >> 24));
+      }
+    }
+    for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
+    if (lane == 0) store(a.y, n, sum * load(a.scale, n, a.float_type), a.x_type);
+#endif
+  }
+}
+
+#elif !defined(UNPACK)
+// Two on a multiprocessor: the next layer's fetches its weights while this one computes.
+extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) linear(const Arguments a) {
+  extern __shared__ __align__(128) u8 memory[];
+  let_next_begin();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Plan plan;
+  plan.row_tiles = (a.rows + 15) / 16;
+  plan.column_tiles = (a.columns + 255) / 256;
+  plan.first = (int)((long long)plan.row_tiles * blockIdx.x / gridDim.x);
+  plan.tiles = (int)((long long)plan.row_tiles * (blockIdx.x + 1) / gridDim.x) - plan.first;
+  plan.chunk_tiles = a.chunk / 256;
+  plan.chunks = (plan.column_tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
+  plan.slots = 1;
+  while (plan.slots < WARPS && plan.slots < plan.chunk_tiles && plan.slots < plan.column_tiles) plan.slots *= 2;
+  plan.slot = warp % plan.slots;
+  plan.width_t = warp / plan.slots; // the warp's first row tile
+  plan.lanes_of = WARPS / plan.slots;
+  plan.pitch = a.chunk * 2 + 64;
+
+  // Row tiles of a warp whose partial sums lie in shared memory at a time.
+  const int turns = min(TURNS, (plan.tiles + plan.lanes_of - 1) / plan.lanes_of);
+
+  Shared s;
+  u8 *next = memory;
+  auto take = [&](int bytes) {
+    u8 *piece = next;
+    next += (bytes + 127) / 128 * 128;
+    return piece;
+  };
+  s.ring = (uint4 *)take(WARPS * STAGES * 512) + warp * STAGES * 32 + lane;
+  s.activations = take(MODE == 0 ? plan.column_tiles * PADDED : a.tokens * plan.pitch);
+  s.codes = take(MODE == 0 ? plan.column_tiles * PADDED : 0);
+  s.partial = (Sum *)take(turns * WARPS * 16 * WIDE * 4);
+  s.sums = (Sum *)take(SIMPLE ? 0 : plan.tiles * 16 * WIDE * 4);
+  s.result = (float *)take(SIMPLE ? 0 : plan.tiles * 16 * WIDE * 4);
+  s.scales = (float *)take(SHARED_SCALES ? a.planes * plan.tiles * a.groups * 16 * 4 : 0);
+  s.group_sums = (float *)take(a.shift ? a.tokens * a.groups * 4 : 0);
+  s.step = (float *)take(16 * 4);
+  s.dot = (float *)take(16 * 4);
+  s.row = (float *)take(3 * WARPS * 4);
+
+  Walk ahead;
+  ahead.begin(plan);
+  for (int stage = 0; stage < STAGES; stage += AT_ONCE) ahead.fetch(a, plan, s.ring + stage * 32);
+  const int groups = GROUPED ? a.groups : 1;
+  if (SHARED_SCALES)
+    for (int i = threadIdx.x; i < a.planes * plan.tiles * groups * 16; i += THREADS) {
+      const int plane = SIMPLE ? 0 : i / (plan.tiles * groups * 16), line = i / 16 - plane * plan.tiles * groups;
+      const int tile = line / groups;
+      s.scales[i] = scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, line - tile * groups, i % 16);
+    }
+#if !SIMPLE
+  for (int i = threadIdx.x; i < plan.tiles * 16 * WIDE; i += THREADS) s.result[i] = 0;
+#endif
+  await_previous();
+
+#if TERMS
+  // What meets x itself: the sums of its groups, and the input shift's one number a token.
+  if (a.shift != 0)
+    for (int i = threadIdx.x; i < a.tokens * a.groups; i += THREADS) s.group_sums[i] = 0;
+  if (a.in_shift != 0) {
+    const Share share = share_of(a);
+    float dot = 0;
+    if (share.mine)
+      for (int k = (share.part * 32 + lane) * 8; k < a.columns; k += share.warps * 256) {
+        float f[8];
+        read8(a, share.token, k, f);
+        for (int j = 0; j < 8; j++)
+          if (k + j < a.columns) dot += f[j] * load(a.in_shift, k + j, FLOAT_TYPE(a));
+      }
+    for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    if (lane == 0) s.row[2 * WARPS + warp] = dot;
+    __syncthreads();
+    if (threadIdx.x < a.tokens) {
+      float all = 0;
+      for (int w = 0; w < share.warps; w++) all += s.row[2 * WARPS + threadIdx.x * share.warps + w];
+      s.dot[threadIdx.x] = all;
+    }
+  }
+  const int first_plane = a.in_scale != 0 && (a.shift != 0 || a.positions != 0) ? -1 : 0;
+#else
+  const int first_plane = 0;
+#endif
+
+  int stage = 0;
+  for (int plane = first_plane; plane < a.planes; plane++) {
+#if !SIMPLE
+    for (int i = threadIdx.x; i < plan.tiles * 16 * WIDE; i += THREADS) s.sums[i] = 0;
+#endif
+    for (int chunk = 0; chunk < plan.chunks; chunk++) {
+      const int begin = chunk * a.chunk, end = min(begin + a.chunk, plan.column_tiles * 256);
+      if (plane <= first_plane || plan.chunks > 1 || (a.in_scale != 0 && plane < a.in_scale_planes))
+        prepare(a, plan, s, plane, begin, end, chunk == 0);
+#if TERMS
+      if (plane == first_plane && a.shift != 0)
+        for (int i = warp; i < a.tokens * a.groups; i += WARPS) {
+          const int token = i / a.groups, group = i % a.groups;
+          const int from = max(group * a.width, begin), to = min((group + 1) * a.width, end);
+          float sum = 0;
+          for (int k = from + lane; k < to; k += 32) sum += activation(plan, s, token, k - begin);
+          for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+          if (lane == 0) s.group_sums[i] += INT8 ? sum * (s.step[token] / 127.0f) : sum;
+          }
+      if (a.positions != 0) add_salient(a, plan, s, plane, begin, end);
+      if (plane < 0) {
+        __syncthreads();
+        continue;
+      }
+#endif
+#if MODE == 0
+      const int total = __reduce_add_sync(~0u, lane < WARPS ? __float_as_int(s.row[WARPS + lane]) : 0);
+#else
+      const int total = 0;
+#endif
+      for (int tile0 = 0; tile0 < plan.tiles; tile0 += TURNS * plan.lanes_of) {
+        const int tiles = min(TURNS * plan.lanes_of, plan.tiles - tile0);
+        for (int tile = tile0 + plan.width_t; tile < tile0 + tiles; tile += plan.lanes_of * AT_ONCE) {
+          Sum partial[AT_ONCE][COLUMNS][4];
+#pragma unroll
+          for (int u = 0; u < AT_ONCE; u++)
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+              for (int i = 0; i < 4; i++) partial[u][n][i] = 0;
+          for (int column = begin / 256 + plan.slot; column * 256 < end; column += plan.slots) {
+            await_oldest_copies();
+            uint4 w[AT_ONCE];
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) w[u] = s.ring[(stage + u) * 32];
+            ahead.fetch(a, plan, s.ring + stage * 32);
+            stage = stage + AT_ONCE == STAGES ? 0 : stage + AT_ONCE;
+            units(a, plan, s, w, plane, tile, column, column - begin / 256, partial);
+          }
+          const int g = lane / 4, t = lane % 4;
+#pragma unroll
+          for (int u = 0; u < AT_ONCE; u++) {
+            if (tile + u * plan.lanes_of >= tile0 + tiles) break;
+            Sum *to = s.partial + ((tile + u * plan.lanes_of - tile0) * plan.slots + plan.slot) * 16 * WIDE;
+#if MODE == 0
+            // Columns are bit planes: 2t is worth 2²ᵗ, 2t + 1 twice that, the last is the sign.
+            int low = (partial[u][0][0] << (2 * t)) + (t == 3 ? -(partial[u][0][1] << 7) : partial[u][0][1] << (2 * t + 1));
+            int high = (partial[u][0][2] << (2 * t)) + (t == 3 ? -(partial[u][0][3] << 7) : partial[u][0][3] << (2 * t + 1));
+            for (int step = 1; step < 4; step *= 2) {
+              low += __shfl_xor_sync(~0u, low, step);
+              high += __shfl_xor_sync(~0u, high, step);
+            }
+            if (t == 0) to[g] = low, to[g + 8] = high;
+#else
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+              for (int i = 0; i < 4; i++) {
+                const int token = n * 8 + 2 * t + i % 2;
+                if (token < (ONE ? 1 : a.tokens)) to[(g + i / 2 * 8) * WIDE + token] = partial[u][n][i];
+              }
+#endif
+          }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < tiles * 16 * WIDE; i += THREADS) {
+          if (i % WIDE >= a.tokens) continue;
+          Sum sum = 0;
+          const Sum *from = s.partial + i / (16 * WIDE) * plan.slots * 16 * WIDE + i % (16 * WIDE);
+#pragma unroll
+          for (int slot = 0; slot < WARPS; slot++)
+            if (slot < plan.slots) sum += from[slot * 16 * WIDE];
+#if SIMPLE
+          write(a, plan, tile0 * 16 * WIDE + i, contribution(a, plan, s, plane, tile0 * 16 * WIDE + i, sum, total));
+#else
+          if (chunk + 1 < plan.chunks) s.sums[tile0 * 16 * WIDE + i] += sum;
+          else {
+            const int at = tile0 * 16 * WIDE + i;
+            s.result[at] += contribution(a, plan, s, plane, at, s.sums[at] + sum, total);
+          }
+#endif
+        }
+        __syncthreads();
+      }
+    }
+  }
+
+#if !SIMPLE
+  for (int i = threadIdx.x; i < plan.tiles * 16 * WIDE; i += THREADS) {
+    const int token = i % WIDE, row = i / WIDE;
+    if (token >= a.tokens) continue;
+    float y = s.result[i];
+    if (a.shift != 0)
+      for (int group = 0; group < a.groups; group++)
+        y += load(a.shift, ((long long)(plan.first + row / 16) * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a)) *
+             s.group_sums[token * a.groups + group];
+    if (a.in_shift != 0) y += s.dot[token];
+    write(a, plan, i, y);
+  }
+#endif
+}
+
+#else
+
+// W as a dense matrix in a.y, of type x_type [N][K]: what bits.dense means, salient values left to put_salient; or, with
+// x_type −1, the signs of the only plane as int8. A warp makes a tile of 16 rows and 256 columns.
+extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
+  Plan plan;
+  plan.row_tiles = (a.rows + 15) / 16;
+  plan.column_tiles = (a.columns + 255) / 256;
+  const long long index = (long long)blockIdx.x * 8 + threadIdx.x / 32;
+  if (index >= (long long)plan.row_tiles * plan.column_tiles) return;
+  const int tile = index / plan.column_tiles, column_tile = index % plan.column_tiles;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  for (int r = 0; r < 2; r++) {
+    const int row = g + 8 * r, n = tile * 16 + row;
+    if (n >= a.rows) continue;
+    for (int p = 0; p < 8; p++)
+      for (int h = 0; h < 2; h++) {
+        const int k = column_tile * 256 + 32 * p + 16 * h + 4 * t;
+        if (k >= a.columns) continue;
+        float values[4] = {0, 0, 0, 0};
+        const int group = a.groups == 1 ? 0 : k / a.width;
+        for (int plane = 0; plane < a.planes; plane++) {
+          const long long at = ((long long)(a.sign_planes == 1 ? 0 : plane) * plan.row_tiles + tile) * plan.column_tiles;
+          const u32 word = ((const u32 *)(a.signs + (at + column_tile) * 32 + lane))[2 * h + r];
+          const float scale = a.x_type < 0 ? 1 : scale_in_memory(a, plan.row_tiles, plane, tile, group, row);
+          for (int b = 0; b < 4; b++) {
+            if (k + b >= a.columns) break;
+            float term = word >> (8 * b + p) & 1 ? -scale : scale;
+            if (a.in_scale != 0)
+              term = __fmul_rn(term, load(a.in_scale, (long long)min(plane, a.in_scale_planes - 1) * a.columns + k + b,
+                                          FLOAT_TYPE(a)));
+            values[b] = __fadd_rn(values[b], term);
+          }
+        }
+        for (int b = 0; b < 4; b++) {
+          if (k + b >= a.columns) break;
+          if (a.shift != 0)
+            values[b] = __fadd_rn(values[b], load(a.shift, ((long long)tile * a.groups + group) * 16 + row, FLOAT_TYPE(a)));
+          if (a.in_shift != 0) values[b] = __fadd_rn(values[b], load(a.in_shift, k + b, FLOAT_TYPE(a)));
+        }
+        const long long to = (long long)n * a.columns + k;
+        if (a.columns % 4 == 0) {
+          if (a.x_type < 0)
+            *(u32 *)((u8 *)a.y + to) = (u32)(u8)(int)values[0] | (u32)(u8)(int)values[1] << 8 |
+                                       (u32)(u8)(int)values[2] << 16 | (u32)(u8)(int)values[3] << 24;
+          else if (a.x_type == FLOAT32) *(float4 *)((float *)a.y + to) = make_float4(values[0], values[1], values[2], values[3]);
+          else
+            *(uint2 *)((u16 *)a.y + to) =
+                make_uint2(narrow(values[0], a.x_type) | (u32)narrow(values[1], a.x_type) << 16,
+                           narrow(values[2], a.x_type) | (u32)narrow(values[3], a.x_type) << 16);
+        } else {
+          for (int b = 0; b < 4 && k + b < a.columns; b++) {
+            if (a.x_type < 0) ((signed char *)a.y)[to + b] = (signed char)values[b];
+            else store(a.y, to + b, values[b], a.x_type);
+          }
+        }
+      }
+  }
+}
+
+// The salient values at their positions in the dense matrix; a warp makes a row.
+extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a) {
+  const int n = blockIdx.x * 8 + threadIdx.x / 32;
+  if (n >= a.rows) return;
+  salient_row(a, n, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 e) {
+    store(a.y, (long long)n * a.columns + column, salient_value(a, n, e), a.x_type);
+  });
+}
+#endif

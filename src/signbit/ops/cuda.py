@@ -1,0 +1,324 @@
+"""The CUDA kernels (binary_linear.cu): where they run, matrices in their order, and the two ops on them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import c_int, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from signbit import bits
+from signbit.bits import Operands
+from signbit.errors import OptionError, ShapeError
+from signbit.ops import layout, nvrtc, reference
+from signbit.ops.native import FLOATS
+from signbit.ops.prepared import Prepared
+
+#: "reference" turns the kernels off.
+VARIABLE = "SIGNBIT_CUDA"
+#: The matrix units of older devices have no one-bit product, and no copies into shared memory beside the work.
+CAPABILITY = (8, 0)
+#: So many tokens take one launch; more are cut, or multiplied by a dense matrix that is made for the call.
+MOST_TOKENS = 16
+#: From so many tokens on, a matrix unpacked for the call and torch's own product are faster than slices of 16.
+DENSE_FROM = 33
+
+_SOURCE = Path(__file__).with_name("binary_linear.cu")
+_WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
+_SCALE_BYTES = 48 * 1024
+_PADDED = 288  # bytes that a column tile takes where its columns lie as bytes
+#: Beyond this many columns the float32 sums of int8's codes would not be exact.
+MAX_COLUMNS = 131072
+_SIGNS = -1  # of `unpack`: int8 signs instead of values
+
+
+class _Arguments(ctypes.Structure):
+    """struct Arguments of binary_linear.cu."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("signs", "scale", "shift", "in_scale", "in_shift", "bias")),
+        *((name, c_void_p) for name in ("codes", "positions", "counts", "zeros", "starts", "salient_scale", "x", "y")),
+        *((name, c_int) for name in ("rows", "columns", "groups", "width", "planes", "sign_planes", "in_scale_planes")),
+        *((name, c_int) for name in ("scale_rows", "float_type", "salient_bits", "tokens", "x_type", "bias_type")),
+        ("chunk", c_int),
+    )  # fmt: skip
+
+
+class _HeadArguments(ctypes.Structure):
+    """struct HeadArguments of binary_linear.cu."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("codes", "scale", "x", "y")),
+        *((name, c_int) for name in ("rows", "columns", "float_type", "tokens", "x_type")),
+    )
+
+
+@functools.cache
+def selected(index: int) -> tuple[str | None, str]:
+    """ "cuda" if the kernels run on this device, else None; and why. Raises OptionError for a wrong SIGNBIT_CUDA."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "reference"):
+        raise OptionError(f"{VARIABLE} is {wanted!r}; only reference is allowed, which asks for plain torch")
+    if wanted:
+        return None, f"{VARIABLE}=reference asks for plain torch"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < CAPABILITY:
+        return None, (
+            f"compute capability {capability[0]}.{capability[1]} is below {CAPABILITY[0]}.{CAPABILITY[1]}, "
+            "which the kernels need; plain torch unpacks the bits on every call"
+        )
+    if (reason := nvrtc.unavailable()) is not None:
+        return None, reason
+    return "cuda", f"compute capability {capability[0]}.{capability[1]}; compiled by NVRTC at the first use"
+
+
+def unsupported(w: Operands) -> str | None:
+    """Why the kernels do not multiply by `w`, or None if they do."""
+    groups = w.scale.shape[2]
+    floats = {t.dtype for t in (w.scale, w.shift, w.in_scale, w.in_shift, w.salient_scale) if t is not None}
+    if groups > 1 and (w.in_features // groups) % layout.WORD_COLUMNS:
+        return f"groups of {w.in_features // groups} columns are no multiple of {layout.WORD_COLUMNS}"
+    if len(floats) > 1 or not floats <= FLOATS.keys():
+        return f"scales of type {', '.join(sorted(map(str, floats)))}"
+    if w.in_features > MAX_COLUMNS:
+        return f"{w.in_features} columns are more than {MAX_COLUMNS}"
+    return None
+
+
+def prepare(w: Operands) -> Prepared:
+    """`w` in the kernels' order; the caller has asked `unsupported`."""
+    _, rows, columns = w.signs.shape[0], w.signs.shape[1], w.in_features
+    signs = w.signs
+    if w.salient_positions is not None:
+        mask = torch.zeros(rows * columns, dtype=torch.bool, device=signs.device)
+        mask[bits.unpack_positions(w.salient_positions, w.salient_counts, rows, columns)] = True
+        signs = signs & ~bits.pack_signs(mask.view(rows, columns))
+    prepared = Prepared.of(w, layout.lay_tiles(signs, columns))
+    # A kernel may read its weights before the work ahead of it has ended: let none of that be the making of them.
+    torch.cuda.current_stream(w.signs.device).synchronize()
+    return prepared
+
+
+class Multiplication:
+    """y = W · x + bias for one prepared matrix on a GPU; what the kernels are told is made once.
+
+    It keeps the tensors of `w` and the bias where they are, and is not to be copied or pickled.
+    """
+
+    def __init__(self, w: Prepared, bias: Tensor | None = None) -> None:
+        self.w, self.bias = w, bias
+        rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits = w.shape
+        self._rows, self._columns, self._groups, self._planes = rows, columns, groups, planes
+        pointers = (
+            w.signs, w.scale, w.shift, w.in_scale, w.in_shift, bias, w.salient_codes, w.salient_positions,
+            w.salient_counts, w.salient_zero, w.salient_starts, w.salient_scale, None, None,
+        )  # fmt: skip
+        self._arguments = _Arguments(
+            *(None if t is None else t.data_ptr() for t in pointers), rows, columns, groups, columns // groups, planes,
+            sign_planes, in_scale_planes, scale_rows, FLOATS[w.scale.dtype], salient_bits,
+            bias_type=0 if bias is None else FLOATS[bias.dtype],
+        )  # fmt: skip
+        extras = (w.shift, w.in_scale, w.in_shift, w.salient_positions)
+        self._terms = any(t is not None for t in extras)
+        self._device = w.signs.device
+        self._launches: dict[tuple[torch.dtype, str, int, bool], tuple[nvrtc.Kernel, int, int, int]] = {}
+
+    def __call__(self, x: Tensor, activations: str) -> Tensor:
+        """`x` is float32, bfloat16 or float16 [..., K] on the matrix's device; the result has its dtype, [..., N].
+
+        Raises ShapeError if x does not end in K columns.
+        """
+        shape = x.shape
+        if not shape or shape[-1] != self._columns:
+            raise ShapeError(f"the input has shape {list(shape)}; this layer takes [..., {self._columns}]")
+        with torch.cuda.device(self._device):
+            flat = x.reshape(-1, self._columns)
+            tokens = flat.shape[0]
+            if tokens == 0:
+                return x.new_empty((*shape[:-1], self._rows))
+            if activations == "exact" and (x.dtype is torch.float32 or tokens >= DENSE_FROM):
+                bias = None if self.bias is None else self.bias.to(x.dtype)
+                return F.linear(x, self.dense(x.dtype), bias)
+            if activations == "int8" and tokens >= DENSE_FROM and self._as_integers(tokens):
+                return self._integer_product(flat).reshape(*shape[:-1], self._rows)
+            flat = flat.contiguous()
+            y = flat.new_empty((tokens, self._rows))
+            stream = torch.cuda.current_stream().cuda_stream
+            for first in range(0, tokens, MOST_TOKENS):
+                self._some(flat[first : first + MOST_TOKENS], y[first : first + MOST_TOKENS], activations, stream)
+            return y.reshape(*shape[:-1], self._rows)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix as `dtype` [N, K]: `bits.dense`, rounded to it."""
+        out = torch.empty(self._rows, self._columns, dtype=dtype, device=self._device)
+        self._unpack(out, FLOATS[dtype])
+        return out
+
+    def _some(self, x: Tensor, y: Tensor, activations: str, stream: int) -> None:
+        tokens = x.shape[0]
+        vectors = x.dtype is not torch.float32 and self._columns % 8 == 0 and x.data_ptr() % 16 == 0
+        key = (x.dtype, activations, tokens, vectors)
+        kernel, grid, shared_bytes, chunk = self._launches.get(key) or self._plan(*key)
+        arguments = _Arguments.from_buffer_copy(self._arguments)
+        arguments.x, arguments.y, arguments.tokens, arguments.chunk = x.data_ptr(), y.data_ptr(), tokens, chunk
+        kernel.launch(grid, _THREADS, shared_bytes, stream, arguments)
+
+    def _plan(
+        self, dtype: torch.dtype, activations: str, tokens: int, vectors: bool
+    ) -> tuple[nvrtc.Kernel, int, int, int]:
+        grouped = self._groups > 1
+        one_bit = tokens == 1 and not grouped and self._columns <= 32768
+        mode = (0 if one_bit else 1) if activations == "int8" else 2 if dtype is torch.float16 else 3
+        stages = 8 if tokens <= 8 else 4
+        row_tiles, column_tiles = -(-self._rows // layout.BLOCK_ROWS), -(-self._columns // _TILE)
+        properties: Any = torch.cuda.get_device_properties(self._device)
+        grid = min(row_tiles, properties.multi_processor_count)
+        most = properties.shared_memory_per_block_optin
+        # All columns at once if they fit beside the rest, else as large a part as fits.
+        for parts in range(1, column_tiles + 1):
+            chunk = -(-column_tiles // parts) * _TILE
+            simple = parts == 1 and self._planes == 1 and not self._terms
+            shared_bytes = self._shared_bytes(mode, tokens, stages, chunk, -(-row_tiles // grid), simple)
+            if shared_bytes <= most:
+                break
+        flags = {
+            "MODE": mode, "COLUMNS": 2 if tokens > 8 else 1, "ONE": tokens == 1, "X_TYPE": FLOATS[dtype],
+            "VECTORS": vectors, "SCALES": FLOATS[self.w.scale.dtype],
+            "SHARED_SCALES": self._scale_bytes(-(-row_tiles // grid)) > 0, "GROUPED": grouped, "TERMS": self._terms,
+            "SIMPLE": simple, "STAGES": stages,
+        }  # fmt: skip
+        macros = tuple(f"{name}={int(value)}" for name, value in flags.items())
+        plan = (_kernel(self._device.index, "linear", macros, True), grid, shared_bytes, chunk)
+        self._launches[dtype, activations, tokens, vectors] = plan
+        return plan
+
+    def _shared_bytes(self, mode: int, tokens: int, stages: int, chunk: int, tiles: int, simple: bool) -> int:
+        """What `linear` takes of shared memory, in the order in which it takes it."""
+        wide = 1 if tokens == 1 else 16 if tokens > 8 else 8
+        column_tiles, slots = -(-self._columns // _TILE), 1
+        while slots < min(_WARPS, chunk // _TILE):
+            slots *= 2
+        turns = min({1: 16, 8: 4, 16: 2}[wide], -(-tiles // (_WARPS // slots)))
+        activations = column_tiles * _PADDED if mode == 0 else tokens * (chunk * 2 + 64)
+        results = 0 if simple else tiles * 16 * wide * 4
+        pieces = (
+            _WARPS * stages * 512, activations, column_tiles * _PADDED if mode == 0 else 0,
+            turns * _WARPS * 16 * wide * 4, results, results, self._scale_bytes(tiles),
+            tokens * self._groups * 4 if self.w.shift is not None else 0, 64, 64, 3 * _WARPS * 4,
+        )  # fmt: skip
+        return sum(-(-piece // 128) * 128 for piece in pieces)
+
+    def _scale_bytes(self, tiles: int) -> int:
+        """Of the scales of a block's rows in shared memory; 0 if they are too many and stay where they are."""
+        needed = self._planes * tiles * self._groups * 64
+        return needed if needed <= _SCALE_BYTES else 0
+
+    def _as_integers(self, tokens: int) -> bool:
+        """Whether integers alone, without groups and other terms, give the product, in sizes that torch takes."""
+        sizes = self._columns % 8 == 0 and self._rows % 8 == 0 and tokens > 16
+        return sizes and self._planes == self._groups == 1 and not self._terms
+
+    def _integer_product(self, x: Tensor) -> Tensor:
+        q, step = reference.quantize_activations(x, "int8")
+        signs = torch.empty(self._rows, self._columns, dtype=torch.int8, device=self._device)
+        self._unpack(signs, _SIGNS)
+        sums = torch._int_mm(q.to(torch.int8), signs.T)
+        scale = self.w.scale.float().reshape(-1)[: self._rows]
+        y = (sums.float() * (scale * step)).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _unpack(self, out: Tensor, out_type: int) -> None:
+        arguments = _Arguments.from_buffer_copy(self._arguments)
+        arguments.y, arguments.x_type = out.data_ptr(), out_type
+        macros = ("UNPACK",)
+        stream = torch.cuda.current_stream().cuda_stream
+        tiles = -(-self._rows // layout.BLOCK_ROWS) * -(-self._columns // _TILE)
+        _kernel(self._device.index, "unpack", macros, False).launch(-(-tiles // 8), 256, 0, stream, arguments)
+        if self.w.salient_positions is not None and out_type != _SIGNS:
+            kernel = _kernel(self._device.index, "put_salient", macros, False)
+            kernel.launch(-(-self._rows // 8), 256, 0, stream, arguments)
+
+
+def binary_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
+    """As `signbit.ops.binary_linear`, on the kernels; what they do not take is left to the reference.
+
+    The matrix is brought into the kernels' order on every call: a layer that stays keeps a Multiplication.
+    """
+    if x.dtype not in FLOATS or activations not in ("exact", "int8") or unsupported(w):
+        return reference.binary_linear(x, w, activations)
+    return Multiplication(prepare(w))(x, activations)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Tensor:
+    """As `signbit.ops.int8_linear`, on the kernels; many tokens, float32 and float64 are left to the reference."""
+    columns = codes.shape[1]
+    tokens = x.numel() // columns if columns else 0
+    few = (
+        0 < tokens <= MOST_TOKENS
+        and columns % 16 == 0
+        and columns * (tokens if activations == "int8" else 4) <= 160_000
+    )
+    if not few or x.dtype not in FLOATS or scale.dtype not in FLOATS or activations not in ("exact", "int8"):
+        return reference.int8_linear(x, codes, scale, activations)
+    x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
+    rows = codes.shape[0]
+    y = x.new_empty((*x.shape[:-1], rows))
+    with torch.cuda.device(x.device):
+        kernel = _kernel(x.device.index, "head", (f"HEAD={int(activations == 'int8')}",), True)
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        stream = torch.cuda.current_stream().cuda_stream
+        at_once = tokens if activations == "int8" else 1
+        for first in range(0, tokens, at_once):
+            arguments = _HeadArguments(
+                codes.data_ptr(), scale.data_ptr(), x.data_ptr() + first * columns * x.element_size(),
+                y.data_ptr() + first * rows * y.element_size(), rows, columns, FLOATS[scale.dtype], at_once,
+                FLOATS[x.dtype],
+            )  # fmt: skip
+            shared_bytes = columns * at_once if activations == "int8" else -(-columns // 512) * 2048
+            kernel.launch(min(processors * 2, -(-rows // 8)), 256, shared_bytes + 256, stream, arguments)
+    return y
+
+
+def check(index: int) -> str | None:
+    """What is wrong with the kernels on this device on a few rows, both modes, both ops; None if nothing is."""
+    device = torch.device("cuda", index)
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 40, 144
+    signs = bits.pack_signs(torch.randn(1, rows, columns, generator=generator)).to(device)
+    scale = torch.rand(1, rows, 1, generator=generator).to(device) + 0.5
+    w = Operands(signs, scale, None, None, None, None, None, None, None, None, 0, columns)
+    codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator).to(device)
+    for tokens in (1, 3):
+        x = torch.randn(tokens, columns, generator=generator).to(device, torch.bfloat16)
+        for activations in ("exact", "int8"):
+            for what, got, want in (
+                ("binary_linear", binary_linear(x, w, activations), reference.binary_linear(x.float(), w, activations)),
+                (
+                    "int8_linear",
+                    int8_linear(x, codes, scale[0, :, 0], activations),
+                    reference.int8_linear(x.float(), codes, scale[0, :, 0], activations),
+                ),
+            ):
+                if not bool(((got - want).abs() <= 0.01 * want.abs().max()).all()):
+                    return f"{what}, {activations}, {tokens} tokens: off by {(got - want).abs().max():.3g}"
+    return None
+
+
+@functools.cache
+def _kernel(index: int, name: str, macros: Sequence[str], overlaps: bool) -> nvrtc.Kernel:
+    major, _ = torch.cuda.get_device_capability(index)
+    return nvrtc.Kernel(_module(index, macros), name, overlaps and major >= 9)
+
+
+@functools.cache
+def _module(index: int, macros: Sequence[str]) -> nvrtc.Module:
+    with torch.cuda.device(index):
+        major, minor = torch.cuda.get_device_capability(index)
+        return nvrtc.Module(nvrtc.compiled(_SOURCE, macros, f"sm_{major}{minor}"))

@@ -1,0 +1,223 @@
+"""The CUDA kernels: sizes beyond a tile, every number of tokens, graphs, several devices, the cache of compiled code."""
+
+import pytest
+import torch
+from tests.laws import cases, laws
+
+from signbit.errors import OptionError, SignbitError
+from signbit.linear import PackedLinear
+from signbit.ops import BACKENDS, cuda, explain, layout, nvrtc, reference
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def on_gpu(w):
+    return PackedLinear(w).to("cuda").weights[0]
+
+
+@pytest.mark.parametrize(("planes", "n", "k"), [(1, 24, 128), (2, 17, 1000), (1, 65, 2304), (3, 1, 8), (1, 1040, 300)])
+def test_tiles_hold_each_sign_where_the_kernels_look_for_it(planes, n, k):
+    signs = torch.randint(0, 256, (planes, n, -(-k // 8)), dtype=torch.uint8)
+    if k % 8:
+        signs[..., -1] &= (1 << k % 8) - 1
+    laid = layout.lay_tiles(signs, k)
+    assert torch.equal(layout.stored_tiles(laid, planes, n, k), signs)
+    # lane 4g + t, word 2h + r, byte b, bit p: row 8r + g, column 32p + 16h + 4t + b; a set bit is −1.
+    tiles = laid.view(planes, -(-n // 16), -(-k // 256), 8, 4, 2, 2, 4)
+    for _ in range(100):
+        plane, row, column = (int(torch.randint(0, high, ())) for high in (planes, n, k))
+        stored = int(signs[plane, row, column // 8]) >> column % 8 & 1
+        c = column % 256
+        byte = tiles[plane, row // 16, column // 256, row % 8, c // 4 % 4, c // 16 % 2, row % 16 // 8, c % 4]
+        assert int(byte) >> c // 32 & 1 == 1 - stored
+
+
+def test_a_wrong_variable_is_refused(monkeypatch):
+    monkeypatch.setenv(cuda.VARIABLE, "yes")
+    cuda.selected.cache_clear()
+    try:
+        with pytest.raises(OptionError, match="SIGNBIT_CUDA is 'yes'; only reference is allowed"):
+            cuda.selected(0)
+        monkeypatch.setenv(cuda.VARIABLE, "reference")
+        assert cuda.selected(0) == (None, "SIGNBIT_CUDA=reference asks for plain torch")
+    finally:
+        cuda.selected.cache_clear()
+
+
+def test_an_old_device_is_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    cuda.selected.cache_clear()
+    try:
+        name, reason = cuda.selected(0)
+    finally:
+        cuda.selected.cache_clear()
+    assert name is None and reason.startswith("compute capability 7.5 is below 8.0")
+
+
+def kernels():
+    return BACKENDS["cuda"]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("tokens", [*range(1, 18), 32, 33, 40])
+@pytest.mark.parametrize("kind", ["row", "group", "all"])
+def test_every_number_of_tokens(kind, tokens):
+    w = on_gpu(cases.make(kind, 88, 1024))
+    backend = kernels()
+    for dtype in (torch.bfloat16, torch.float16):
+        laws.law_random(backend, w, dtype, "cuda", tokens=tokens)
+        laws.law_int8(backend, w, dtype, "cuda", tokens=tokens)
+    laws.law_int8(backend, w, torch.float32, "cuda", tokens=tokens)
+
+
+# Rows beyond the tiles that lie in shared memory at once, columns beyond what fits there, odd sizes of both.
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(("n", "k"), [(5000, 96), (40000, 256), (17, 30000), (300, 11008), (33, 20000), (129, 999)])
+@pytest.mark.parametrize("kind", ["row", "group", "salient_bitmap"])
+def test_sizes(kind, n, k):
+    if kind == "group" and k % 128:
+        pytest.skip("groups of other widths are left to the reference")
+    if kind == "salient_bitmap" and (k % 128 or n * k > 5_000_000):
+        pytest.skip("takes long")
+    w = on_gpu(cases.make(kind, n, k))
+    for tokens in (1, 5, 16):
+        laws.law_random(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
+        laws.law_int8(kernels(), w, torch.float16, "cuda", tokens=tokens)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_the_dense_matrix_is_that_of_the_definition(kind):
+    for n, k in ((24, 128), (40, 1056), (17, 333 if kind in cases.TERMS else 352)):
+        w = on_gpu(cases.make(kind, n, k))
+        if cuda.unsupported(w.operands()):
+            continue
+        made = cuda.Multiplication(cuda.prepare(w.operands())).dense(torch.float32)
+        assert torch.equal(made, w.to_dense())
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_the_stored_form_comes_back(kind):
+    w = on_gpu(cases.make(kind, 40, 1024))
+    again = cuda.prepare(w.operands()).stored()
+    for one, other in zip(w.operands(), again, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_head(mode, tokens, dtype):
+    codes = torch.randint(-127, 128, (1003, 1040), dtype=torch.int8, device="cuda")
+    scale = torch.rand(1003, device="cuda")
+    x = torch.randn(tokens, 1040, device="cuda").to(dtype)
+    got = cuda.int8_linear(x, codes, scale, mode)
+    want = reference.int8_linear(x.double() if mode == "exact" else x.float(), codes, scale, mode)
+    assert (got.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_a_graph_replays_it_and_the_same_comes_out(mode):
+    layers = [PackedLinear(cases.make("row", 512, 512)).cuda() for _ in range(4)]
+    for layer in layers:
+        layer.activations = mode
+    x = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        y = x
+        for layer in layers:
+            y = layer(y / 16)
+        return y
+
+    want = run()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, want)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, run())
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled(mode):
+    layer = PackedLinear(cases.make("group", 64, 256), torch.randn(64)).cuda()
+    layer.prepare()
+    x = torch.randn(2, 256, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(compiled(x).clone(), layer(x))
+
+
+@gpu
+@needs_gpu
+def test_norms_bias_and_gradients():
+    stored = PackedLinear(cases.make("all", 40, 1024), torch.randn(40), "rms", norm_out="layer")
+    layer = PackedLinear(stored.weights, stored.bias, "rms", norm_out="layer").cuda()
+    x = torch.randn(3, 1024)
+    assert layer.prepare() is None
+    assert (layer(x.cuda()).cpu() - stored(x)).abs().max() <= 1e-4
+    upstream = torch.randn(3, 40)
+    u = x.cuda().requires_grad_()
+    layer(u).backward(upstream.cuda())
+    v = x.clone().requires_grad_()
+    stored(v).backward(upstream)
+    assert (u.grad.cpu() - v.grad).abs().max() <= 1e-4 * v.grad.abs().max()
+    assert torch.equal(layer.cpu()(x), stored(x))
+
+
+@gpu
+@needs_gpu
+def test_what_is_not_finite_shows():
+    layer = PackedLinear(cases.make("row", 24, 128)).cuda()
+    x = torch.randn(2, 128, device="cuda")
+    for bad in (float("nan"), float("inf")):
+        x[0, 5] = bad
+        for rows in (x, x[:1]):
+            layer.activations = "int8"
+            y = layer(rows)
+            assert bool(y[0].isnan().all()) and bool(y[1:].isfinite().all())
+
+
+@gpu
+@needs_gpu
+def test_doctor_says_what_multiplies():
+    assert {c.backend for c in explain("cuda")} == {"cuda"}
+
+
+@gpu
+@needs_gpu
+def test_compiled_code_is_kept_and_errors_are_nvrtcs(tmp_path, monkeypatch):
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "kept"))
+    code = nvrtc.compiled(cuda._SOURCE, ("UNPACK",), "sm_90")
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert kept.read_bytes() == code and kept.name.startswith("binary_linear-sm_90-")
+    monkeypatch.setattr(nvrtc, "_compile", lambda *arguments: pytest.fail("compiled again"))
+    assert nvrtc.compiled(cuda._SOURCE, ("UNPACK",), "sm_90") == code
+    monkeypatch.undo()
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, "/proc/nowhere")
+    assert nvrtc.compiled(cuda._SOURCE, ("UNPACK",), "sm_90") == code
+    broken = tmp_path / "broken.cu"
+    broken.write_text("__global__ void f() { nothing; }")
+    with pytest.raises(SignbitError, match=r"broken\.cu does not compile with .*\n.*nothing"):
+        nvrtc.compiled(broken, (), "sm_90")
