@@ -193,19 +193,28 @@ int signbit_int8_linear(const signbit_int8_matrix *w, const signbit_call *call, 
   return run(*w, *call, input, w->rows, ENTRIES[call->isa].kernels->int8_linear);
 }
 
-void signbit_clear_salient(uint8_t *signs, int32_t sign_planes, int64_t rows, int64_t columns,
-                           const uint8_t *positions, const uint8_t *counts) {
+int64_t signbit_clear_salient(uint8_t *signs, int32_t sign_planes, int64_t rows, int64_t columns, const uint8_t *positions,
+                              int64_t bytes, const uint8_t *counts) {
   const int64_t width = (columns + 7) / 8, blocks = (columns + 255) / 256;
-  for (int32_t p = 0; p < sign_planes; p++) {
-    uint8_t *plane = signs + p * rows * width;
-    if (counts == nullptr) {
-      for (int64_t i = 0; i < rows * width; i++) plane[i] &= static_cast<uint8_t>(~positions[i]);
-      continue;
+  int64_t total = 0;
+  if (counts == nullptr) {
+    if (bytes != rows * width) return -1;
+    for (int64_t i = 0; i < bytes; i++) {
+      if (i % width == width - 1 && columns % 8 != 0 && positions[i] >> columns % 8 != 0) return -1;
+      for (unsigned left = positions[i]; left != 0; left &= left - 1) total++;
+      for (int32_t p = 0; p < sign_planes; p++) signs[p * rows * width + i] &= static_cast<uint8_t>(~positions[i]);
     }
-    const uint8_t *offset = positions;
-    for (int64_t n = 0; n < rows; n++)
-      for (int64_t b = 0; b < blocks; b++)
-        for (int e = counts[n * blocks + b]; e > 0; e--, offset++)
-          plane[n * width + b * 32 + *offset / 8] &= static_cast<uint8_t>(~(1u << *offset % 8));
+    return total;
   }
+  for (int64_t n = 0; n < rows; n++)
+    for (int64_t b = 0; b < blocks; b++) {
+      int last = -1;
+      for (int e = counts[n * blocks + b]; e > 0; e--, total++) {
+        if (total >= bytes || positions[total] <= last || b * 256 + positions[total] >= columns) return -1;
+        last = positions[total];
+        for (int32_t p = 0; p < sign_planes; p++)
+          signs[(p * rows + n) * width + b * 32 + last / 8] &= static_cast<uint8_t>(~(1u << last % 8));
+      }
+    }
+  return total == bytes ? total : -1;
 }

@@ -37,7 +37,8 @@ class Pool {
       return;
     }
     // An odd job number says that the fields beside the ticket are being changed.
-    const uint64_t job = (ticket_.load() >> 32) + 2;
+    uint64_t job = ((ticket_.load() >> 32) + 2) & 0xffffffffu;
+    if (job == 0) job = 2; // what a helper has seen before its first
     ticket_.store((job - 1) << 32);
     body_.store(body);
     context_.store(context);
@@ -116,17 +117,14 @@ class Pool {
   int count_ = 0;
 };
 
-// Never destroyed: its threads may outlive static destructors.
-std::atomic<Pool *> pool{nullptr};
-std::once_flag once;
+// Never destroyed: its threads may outlive static destructors. Made when the library is loaded, so that no fork can fall
+// into its making.
+std::atomic<Pool *> pool{new Pool};
 
-void start() {
-  pool.store(new Pool);
 #if !defined(_WIN32)
-  // The threads are not in a forked child: it starts with a pool of its own and leaves the old one as it was.
-  pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
+// The threads are not in a forked child: it starts with a pool of its own and leaves the old one as it was.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
 #endif
-}
 
 struct Arena {
   void *memory = nullptr;
@@ -138,7 +136,6 @@ thread_local Arena arena;
 } // namespace
 
 void parallel(int threads, int tasks, void (*body)(void *, int), void *context) {
-  std::call_once(once, start);
   pool.load()->run(threads, tasks, body, context);
 }
 

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define SIGNBIT_ABI 1
+#define SIGNBIT_ABI 2
 
 #if defined(_WIN32)
 #define SIGNBIT_API
@@ -66,9 +66,10 @@ SIGNBIT_API int signbit_linear(const signbit_matrix *w, const signbit_call *call
 SIGNBIT_API int signbit_int8_linear(const signbit_int8_matrix *w, const signbit_call *call, const void *x, int64_t tokens,
                         int64_t stride, void *y);
 
-// Sets the stored sign bits [sign_planes][N][⌈K/8⌉] under salient positions to 0.
-SIGNBIT_API void signbit_clear_salient(uint8_t *signs, int32_t sign_planes, int64_t rows, int64_t columns,
-                           const uint8_t *positions, const uint8_t *counts);
+// Sets the stored sign bits [sign_planes][N][⌈K/8⌉] under salient positions to 0; `positions` has `bytes` bytes. Returns how
+// many positions there are, or −1 if they do not ascend inside the matrix.
+SIGNBIT_API int64_t signbit_clear_salient(uint8_t *signs, int32_t sign_planes, int64_t rows, int64_t columns,
+                                          const uint8_t *positions, int64_t bytes, const uint8_t *counts);
 
 #ifdef __cplusplus
 }

@@ -574,3 +574,45 @@ def test_doctor_refuses_a_model_that_is_not_packed(llama_dir, capsys):
     assert code == 1
     assert "cpu (" in printed, "the machine is shown all the same"
     assert "not packed by signbit; make it so with" in err
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh_choice")
+def test_generate_and_eval_run_on_the_kernels_and_give_what_plain_torch_gives(
+    stories, shared, tmp_path, capsys, monkeypatch
+):
+    options = "--method pbllm --salient 0.1 --no-gptq --saliency magnitude --head int8"
+    code, _, err = run(capsys, f"quantize {stories} -o {tmp_path}/packed {options}")
+    assert code == 0, err
+    calls = {"linear": 0, "head": 0}
+
+    def counted(name, function):
+        def call(*arguments, **named):
+            calls[name] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(cpu.Multiplication, "__call__", counted("linear", cpu.Multiplication.__call__))
+    monkeypatch.setattr(cpu, "int8_linear", counted("head", cpu.int8_linear))
+    text = shared / "data" / "tinystories"
+    file = next(path for path in sorted(text.iterdir()) if path.suffix in (".txt", ".jsonl"))
+    commands = {
+        "generate": f"generate {tmp_path}/packed 'Once upon a time' --max-new-tokens 8 --activations exact",
+        "eval": f"eval {tmp_path}/packed --ppl {file} --window 256 --max-windows 2 --json {tmp_path}/NAME.json",
+    }
+    found = {}
+    for name in ("kernels", "reference"):
+        if name == "reference":
+            monkeypatch.setenv(cpu.VARIABLE, "reference")
+            cpu.selected.cache_clear()
+        for verb, command in commands.items():
+            before = calls["linear"]
+            code, printed, err = run(capsys, command.replace("NAME", name))
+            assert code == 0, err
+            assert (calls["linear"] > before) == (name == "kernels")
+            found[name, verb] = printed if verb == "generate" else json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["kernels", "generate"].splitlines()[0] == found["reference", "generate"].splitlines()[0]
+    kernels, reference = (str(found[name, "eval"]) for name in ("kernels", "reference"))
+    values = [re.findall(r"'perplexity': ([\d.]+)", text) for text in (kernels, reference)]
+    assert values[0] and [f"{float(v):.4g}" for v in values[0]] == [f"{float(v):.4g}" for v in values[1]]

@@ -1,13 +1,19 @@
 """A packed layer whose weights lie in the kernels' order is, from outside, the layer that it was."""
 
 import copy
+import io
+import os
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+import torch.multiprocessing  # which teaches the ForkingPickler tensors
 
 import signbit
+from signbit.errors import OptionError
 from signbit.linear import PackedLinear
 from signbit.ops import native, prepare
 from signbit.ops.schema import _prepared_linear, _prepared_linear_input_grad
@@ -75,6 +81,12 @@ def test_loading_and_moving_go_through_the_stored_form():
     assert cast.scale.dtype is torch.float16 and cast.bias.dtype is torch.bfloat16
     assert cast(x.bfloat16()).dtype is torch.bfloat16
     assert prepared.to("meta").weight.is_meta
+
+
+def test_it_says_where_a_dense_matrix_is_faster():
+    for kind, modes in (("row", ()), ("pbllm_4bit", ("exact",)), ("salient_bitmap", ("exact", "int8"))):
+        stored, prepared = twins(kind)
+        assert stored.better_dense == () and sorted(prepared.better_dense) == sorted(modes)
 
 
 def test_a_new_bias_is_taken():
@@ -176,3 +188,89 @@ def test_a_packed_model_takes_the_memory_of_its_file(tmp_path):
     tensors = {id(t): t for t in (*loaded.parameters(), *loaded.buffers())}.values()
     held = sum(t.untyped_storage().nbytes() for t in tensors)
     assert held <= 1.05 * (tmp_path / "packed" / "model.safetensors").stat().st_size
+
+
+def test_a_pickle_holds_the_stored_form_and_leaves_the_layer_alone():
+    _, layer = twins()
+    x = torch.randn(3, 128)
+    want = layer(x)
+    written = io.BytesIO()
+    ForkingPickler(written).dump(layer)  # as torch.multiprocessing does, which shares what it writes
+    assert torch.equal(layer(x), want)
+    again = pickle.loads(pickle.dumps(layer))
+    assert again._multiplies == "undecided"
+    same_state(again, layer)
+    assert not [name for name, _ in again.named_buffers() if name.startswith("prepared")]
+
+
+def test_another_storage_under_the_same_tensor_is_seen():
+    _, layer = twins("row")
+    x = torch.randn(3, 128)
+    before = layer(x)
+    layer.bias.data = torch.zeros(24)
+    after = layer(x)
+    assert not torch.equal(after, before)
+    layer.bias.data = torch.ones(24, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), after + 1)
+
+
+def test_gradients_of_a_trained_bias_and_forward_mode():
+    _, layer = twins("row")
+    x = torch.randn(3, 128)
+    layer.bias.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((24,), 3.0))
+    tangent = torch.randn(3, 128)
+    layer = PackedLinear(layer.weights)
+    assert layer.prepare() is None
+    _, derivative = torch.func.jvp(layer, (x,), (tangent,))
+    assert torch.allclose(derivative, tangent @ layer.to_dense().T, atol=1e-5)
+    layer.activations = "int8"
+    with pytest.raises(OptionError, match="exact activations only"):
+        torch.func.jvp(layer, (x,), (tangent,))
+
+
+def test_a_trace_records_the_op():
+    _, layer = twins("row")
+    x = torch.randn(3, 128)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(layer, x)
+        other = torch.randn(3, 128)
+        assert torch.equal(traced(other), layer(other))
+
+
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_an_autocast_changes_nothing(tokens):
+    _, layer = twins("salient_bitmap")
+    x = torch.randn(tokens, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype is torch.float32 and torch.equal(y, layer(x))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_is_forked_while_another_thread_prepares():
+    from signbit import linear
+
+    stored, _ = twins("row")
+    with linear._preparing:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if stored.prepare() is None else 3)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_whole_model_of_any_length(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    from tests.conftest import tiny_llama_config
+
+    model = LlamaForCausalLM(tiny_llama_config()).eval()
+    signbit.quantize_(model, signbit.SignbitConfig("absmean", head="int8"))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (3, 5, 8):
+            ids = torch.randint(0, 64, (1, length))
+            assert (compiled(ids, use_cache=False).logits - model(ids).logits).abs().max() <= 1e-4

@@ -459,6 +459,10 @@ def doctor(argv: Sequence[str]) -> None:
         result = multiplied(load_any(args.model))
         facts["model"] = {"model": args.model, **asdict(result)}
         print(f"\n{args.model}: the kernels multiply {result.kernels} of {result.layers} packed layers")
+        for mode, count in result.dense.items():
+            print(
+                f"  256 tokens and more, {mode}: {count} of them by a matrix unpacked for the call, which is faster there"
+            )
         for reason, names in result.reference.items():
             some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             print(f"  plain torch multiplies {len(names)}: {reason} ({some})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,9 @@ from typing import Any, Literal, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from signbit import ops
+from signbit import bits, ops
 from signbit.bits import SALIENT_BLOCK, Operands
 from signbit.errors import OptionError, ShapeError
 from signbit.weight import BinaryWeight, Salient
@@ -137,8 +139,17 @@ _TENSORS = (
 )  # fmt: skip
 
 
-#: Two threads may meet in the first inference.
+#: Two threads may meet in the first inference. A child that is forked while one holds it gets its own.
 _preparing = threading.Lock()
+
+
+def _forked() -> None:
+    global _preparing
+    _preparing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _prepared_name(name: str, place: int) -> str:
@@ -148,6 +159,11 @@ def _prepared_name(name: str, place: int) -> str:
 def _tensor_name(name: str, place: int) -> str:
     """The first weight's tensors have plain names; `weight` so that a plain nn.Linear refuses its shape."""
     return name if place == 0 else f"{name}_{place}"
+
+
+def _in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are on: the kernels and our ops would lose them, torch's own ops do not."""
+    return forward_ad._current_level >= 0
 
 
 @final
@@ -236,7 +252,8 @@ class PackedLinear(nn.Module):
     def prepare(self) -> str | None:
         """Brings the weights into the order that the kernels stream; returns why the reference multiplies, or None.
 
-        Loaders call it, and the first inference does. Nothing that is seen from outside changes: state_dict, `weights`
+        Loaders call it, and the first inference does; before torch.compile somebody has to, or each call of the compiled
+        layer lays the matrix out again. Nothing that is seen from outside changes: state_dict, `weights`
         and the named tensors give the stored form, made again when they are asked for.
         """
         with _preparing:
@@ -251,6 +268,9 @@ class PackedLinear(nn.Module):
     def _prepare(self) -> str | None:
         if self.act_bits == 1:
             return "signs of activations are left to the reference"
+        bias = self._parameters["bias"]
+        if bias is not None and bias.dtype not in ops.KERNEL_FLOATS:
+            return f"a bias of type {bias.dtype}"
         chain = []
         for place in range(len(self._columns)):
             operands = self._operands(place)
@@ -259,29 +279,42 @@ class PackedLinear(nn.Module):
                 return prepared
             chain.append(prepared)
         for place, prepared in enumerate(chain):
-            for name in _TENSORS:
-                del self._buffers[_tensor_name(name, place)]
             for name, tensor in zip(ops.Prepared._fields[:-1], prepared[:-1], strict=True):
                 self.register_buffer(_prepared_name(name, place), tensor, persistent=False)
         self._shapes = [prepared.shape for prepared in chain]
+        self._multiplies = "kernels"  # from here on the stored tensors are not looked at
+        for place in range(len(chain)):
+            for name in _TENSORS:
+                del self._buffers[_tensor_name(name, place)]
         return None
 
     def _restore(self) -> None:
         """Back to the stored form, which is what loads, moves and casts act on."""
-        chain = [self._operands(place) for place in range(len(self._columns))]
-        prepared, self._multiplies = self._multiplies == "kernels", "undecided"
-        self._multiplications = []
-        if not prepared:
-            return
-        for place, operands in enumerate(chain):
-            for name in ops.Prepared._fields[:-1]:
-                del self._buffers[_prepared_name(name, place)]
-            for name, tensor in zip(_TENSORS, operands[:-2], strict=True):
-                self.register_buffer(_tensor_name(name, place), tensor)
+        with _preparing:
+            chain = [self._operands(place) for place in range(len(self._columns))]
+            prepared = self._multiplies == "kernels"
+            if prepared:
+                for place, operands in enumerate(chain):
+                    for name, tensor in zip(_TENSORS, operands[:-2], strict=True):
+                        self._buffers[_tensor_name(name, place)] = (
+                            tensor  # register_buffer finds that the name is there
+                        )
+            self._multiplies, self._multiplications = "undecided", []
+            if prepared:
+                for place in range(len(chain)):
+                    for name in ops.Prepared._fields[:-1]:
+                        del self._buffers[_prepared_name(name, place)]
 
     def _prepared(self, place: int) -> ops.Prepared:
         tensors = [self._buffers[_prepared_name(name, place)] for name in ops.Prepared._fields[:-1]]
         return ops.Prepared._make([*tensors, self._shapes[place]])
+
+    @property
+    def better_dense(self) -> tuple[str, ...]:
+        """The modes in which many tokens on the CPU go by a matrix that is unpacked for the call; () if not prepared."""
+        if self._multiplies != "kernels" or self._buffers[_prepared_name("signs", 0)].is_cuda:  # type: ignore[union-attr]
+            return ()
+        return tuple({mode for place in range(len(self._columns)) for mode in ops.better_dense(self._prepared(place))})
 
     def __getattr__(self, name: str) -> Any:
         # The stored tensors of a prepared layer are not there, but still have their names.
@@ -292,7 +325,20 @@ class PackedLinear(nn.Module):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_multiplications": []}
+        # A copy may wake up in another process, on another device, or where there are no kernels: it gets the stored form.
+        state = {**self.__dict__, "_multiplications": []}
+        if self._multiplies == "kernels":
+            stored: dict[str, Tensor | None] = {}
+            for place in range(len(self._shapes)):
+                for name, tensor in zip(_TENSORS, self._operands(place)[:-2], strict=True):
+                    stored[_tensor_name(name, place)] = tensor
+            state |= {
+                "_buffers": stored,
+                "_non_persistent_buffers_set": set(),
+                "_multiplies": "undecided",
+                "_shapes": [],
+            }
+        return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -366,16 +412,22 @@ class PackedLinear(nn.Module):
         if self._multiplies == "undecided" and not compiling:
             self.prepare()
         on_kernels = self._multiplies == "kernels" and x.dtype in ops.KERNEL_FLOATS
-        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        trained = self.bias is not None and self.bias.requires_grad
+        needs_grad = (torch.is_grad_enabled() and (x.requires_grad or trained)) or _in_forward_mode()
         plain = self.norm_in == self.norm_out == "none"
         if on_kernels and not needs_grad and (plain or (x.device.type == "cpu" and self.norm_out != "batch_absmax")):
-            return self._in_one_pass(x, activations, compiling or type(x) is not Tensor)
+            seen = compiling or type(x) is not Tensor or torch.jit.is_tracing()  # type: ignore[attr-defined]
+            return self._in_one_pass(x, activations, seen)
         if self.norm_in == "rms":
             x = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.norm_in_eps)).to(x.dtype)
         elif self.norm_in == "layer":
             x = F.layer_norm(x, (self.in_features,), eps=self.norm_in_eps)
         for place in range(len(self._columns)):
-            if on_kernels:
+            if _in_forward_mode():
+                if activations != "exact":
+                    raise OptionError("forward-mode derivatives exist for exact activations only")
+                x = F.linear(x, bits.dense(self._operands(place)).to(x.dtype))
+            elif on_kernels:
                 x = ops.prepared_linear(x, self._prepared(place), activations)
             else:
                 x = ops.binary_linear(x, self._operands(place), activations)

@@ -15,14 +15,14 @@ def _salient(n, k, share, bits=8, dtype=torch.float16):
     )
 
 
-def make(kind, n=24, k=128, dtype=torch.float16):
-    """A random weight of one kind; float parts in `dtype`."""
+def make(kind, n=24, k=128, dtype=torch.float16, groups=None):
+    """A random weight of one kind; float parts in `dtype`, in four groups where four divides K, unless told."""
     signs = torch.randn(n, k)
 
     def rand(*shape):
         return (torch.rand(*shape) + 0.1).to(dtype)
 
-    groups = next(g for g in (4, 3, 2, 1) if k % g == 0)
+    groups = groups or next(g for g in (4, 3, 2, 1) if k % g == 0)
     if kind == "row":
         return BinaryWeight.from_signs(signs, rand(1, n, 1))
     if kind == "group":

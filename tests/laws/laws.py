@@ -135,6 +135,19 @@ def law_int8_integers(backend, n, k, device="cpu"):
     assert torch.equal(got, want)
 
 
+def law_int8_ties(backend, device="cpu"):
+    """Halves are rounded to even: with a largest activation of 127, k + 0.5 becomes the even one of its neighbours."""
+    from signbit.weight import BinaryWeight
+
+    x = torch.arange(-126, 127, device=device).float()[None] + 0.5
+    x[0, 0] = 127
+    signs = torch.where(torch.rand(5, x.shape[1], device=device) < 0.7, 1.0, -1.0)
+    got = backend.binary_linear(
+        x, BinaryWeight.from_signs(signs, torch.ones(1, 5, 1, device=device)).operands(), "int8"
+    )
+    assert torch.equal(got, (x.double().round() @ signs.double().T).float())
+
+
 def law_shapes(backend, w, dtype, device="cpu"):
     """Any leading shape, the empty one included, and inputs that are not contiguous."""
     dense = w.to_dense().to(dtype)

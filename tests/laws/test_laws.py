@@ -165,6 +165,10 @@ def test_int8_sums_are_exact(backend, k, device):
     laws.law_int8_integers(backend, 17, k, device)
 
 
+def test_int8_rounds_halves_to_even(backend, device):
+    laws.law_int8_ties(backend, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["row", "all"])
 def test_shapes(backend, kind, dtype, device):

@@ -10,8 +10,8 @@ import torch
 from tests.laws import cases, laws
 
 from signbit import bits
-from signbit.errors import OptionError
-from signbit.ops import BACKENDS, cpu, layout, native, reference
+from signbit.errors import OptionError, ShapeError
+from signbit.ops import BACKENDS, cpu, int8_linear, layout, native, prepared_linear, reference
 
 needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
 KERNELS = [name for name, backend in BACKENDS.items() if backend.device == "cpu"]
@@ -91,6 +91,109 @@ def test_an_activation_that_is_not_finite_shows(isa, bad):
     x[0, 5] = bad
     y = BACKENDS[isa].binary_linear(x, cases.make("row").operands(), "int8")
     assert bool(y[0].isnan().all()) and bool(y[1].isfinite().all())
+
+
+# Terms at sizes that the laws' own cases leave to the reference: groups of every width, one group of an odd width, a
+# bitmap whose rows end inside a word, and scales of every type.
+@needs_kernels
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("kind", ["group", "planes", "shift", "in_scale", "salient_offsets", "salient_bitmap", "all"])
+@pytest.mark.parametrize(("n", "k", "groups"), [(24, 1000, 1), (17, 172, 1), (40, 768, 12), (24, 768, 6), (24, 768, 3)])
+def test_terms_beyond_the_laws(isa, kind, n, k, groups):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        w = cases.make(kind, n, k, dtype, groups)
+        assert cpu.unsupported(w.operands()) is None
+        for tokens in (1, 9):
+            laws.law_random(BACKENDS[isa], w, torch.float32, tokens=tokens)
+            laws.law_int8(BACKENDS[isa], w, torch.float32, tokens=tokens)
+
+
+@needs_kernels
+def test_the_check_at_load_does_not_depend_on_its_caller():
+    code = """
+import torch
+from signbit.ops import cpu
+with torch.no_grad(), {}:
+    print(cpu.selected()[1])
+"""
+    for around in (
+        "torch.autocast('cpu', torch.bfloat16)", "torch.device('meta')", "torch.inference_mode()",
+    ):  # fmt: skip
+        assert "checked against the reference at load" in in_process(code.format(around)).stdout, around
+    for dtype in ("float64", "bfloat16", "float16"):
+        set_first = code.format("torch.no_grad()").replace("with", f"torch.set_default_dtype(torch.{dtype})\nwith")
+        assert "checked against the reference at load" in in_process(set_first).stdout, dtype
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["salient_offsets", "salient_bitmap"])
+def test_a_damaged_salient_weight_is_refused(kind):
+    w = cases.make(kind, 24, 300 if kind == "salient_offsets" else 301, groups=1).operands()
+    damaged = {"salient_codes": w.salient_codes[:-1]}
+    if kind == "salient_bitmap":
+        positions = w.salient_positions.clone()
+        positions[3, -1] |= 0x80  # column 303
+        damaged["salient_positions"] = positions
+    else:
+        counts = w.salient_counts.clone()
+        counts[2, 0] += 1
+        damaged |= {"salient_positions": w.salient_positions.flip(0), "salient_counts": counts}
+    assert cpu.prepare(w) is not None
+    for name, tensor in damaged.items():
+        with pytest.raises(ShapeError, match="do not fit together; the weight is damaged"):
+            cpu.prepare(w._replace(**{name: tensor}))
+
+
+@needs_kernels
+def test_operands_that_do_not_fit_are_refused():
+    w, x = cpu.prepare(cases.make("row").operands()), torch.randn(2, 128)
+    with pytest.raises(ShapeError, match=r"a bias is .* \[24\], not torch.float32 \[1\]"):
+        prepared_linear(x, w, bias=torch.ones(1))
+    with pytest.raises(ShapeError, match=r"not torch\.float64"):
+        prepared_linear(x, w, bias=torch.ones(24, dtype=torch.float64))
+    with pytest.raises(ShapeError, match="contiguous"):
+        prepared_linear(x, w, bias=torch.ones(48)[::2])
+    with pytest.raises(ShapeError, match="the input is on meta"):
+        cpu.Multiplication(w)(x.to("meta"), "exact")
+    with pytest.raises(ShapeError, match=r"a scale \[N\] on the input's device"):
+        int8_linear(x, torch.ones(24, 128, dtype=torch.int8), torch.ones(2))
+
+
+@needs_kernels
+def test_as_many_threads_as_torch_has_and_they_sleep():
+    code = """
+import os, time, torch
+from signbit.ops import cpu
+from tests.laws import cases
+multiply = cpu.Multiplication(cpu.prepare(cases.make("row", 400, 1024).operands()))
+x = torch.randn(1, 1024)
+threads = lambda: len(os.listdir("/proc/self/task"))
+def after(count):
+    torch.set_num_threads(count)
+    before = threads()
+    multiply(x, "int8")
+    return threads() - before
+print(after(1), after(3), after(2), after(4), flush=True)
+multiply(x, "int8")
+time.sleep(0.05)
+began = time.process_time()
+time.sleep(0.5)
+print("asleep" if time.process_time() - began < 0.1 else "busy")
+"""
+    done = in_process(code, PYTHONPATH=os.pathsep.join([os.getcwd(), *sys.path]))
+    assert done.stdout.split() == ["0", "2", "0", "1", "asleep"], done.stdout + done.stderr
+
+
+@needs_kernels
+def test_other_python_threads_run_meanwhile():
+    multiply = cpu.Multiplication(cpu.prepare(cases.make("row", 4096, 4096).operands()))
+    x, counted, done = torch.randn(512, 4096), 0, []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: done.append(multiply(x, "exact")))
+        while not running.done():
+            counted += 1
+    # With the lock held throughout, this thread would be let in only before and after.
+    assert len(done) == 1 and counted > 1000
 
 
 # So many that a dense matrix is unpacked for the call: three planes, or many salient values.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -47,10 +48,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Multiplied:
-    """The packed layers of a model: how many the kernels multiply, and the names of the others by reason."""
+    """The packed layers of a model: how many the kernels multiply, and the names of the others by reason.
+
+    `dense` has the number of those whose many tokens (256 and more) are multiplied by a matrix unpacked for the call, by
+    mode: there that is faster.
+    """
 
     layers: int
     kernels: int
+    dense: dict[str, int]
     reference: dict[str, list[str]]
 
 
@@ -94,7 +100,8 @@ def multiplied(model: nn.Module) -> Multiplied:
     for name, layer in layers.items():
         if (reason := layer.prepare()) is not None:
             reference.setdefault(reason, []).append(name)
-    return Multiplied(len(layers), len(layers) - sum(map(len, reference.values())), reference)
+    dense = Counter(mode for layer in layers.values() for mode in layer.better_dense)
+    return Multiplied(len(layers), len(layers) - sum(map(len, reference.values())), dict(dense), reference)
 
 
 def _wrong(check: Callable[[Any], str | None], where: str | int) -> str | None:

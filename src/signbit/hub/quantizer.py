@@ -61,6 +61,7 @@ def quantize_(
         report = ptq.with_head(report, ptq.quantize_head_(model))
     calibration = None if windows is None else {"samples": windows.shape[0], "sequence_length": windows.shape[1]}
     finish_(model, config, report, calibration)
+    prepare_(model)
     return report
 
 

@@ -1,5 +1,6 @@
 """Multiplication by packed bits: the ops (schema, fakes, gradients) and which backend runs them."""
 
+from signbit.ops.cpu import better_dense
 from signbit.ops.dispatch import ACTIVATION_MODES, BACKENDS, Choice, Multiplication, explain, multiplication, prepare
 from signbit.ops.native import FLOATS as KERNEL_FLOATS
 from signbit.ops.prepared import Prepared
@@ -12,6 +13,7 @@ __all__ = [
     "Choice",
     "Multiplication",
     "Prepared",
+    "better_dense",
     "binary_linear",
     "explain",
     "int8_linear",

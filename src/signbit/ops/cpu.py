@@ -72,14 +72,18 @@ def prepare(w: Operands) -> Prepared:
     if w.salient_positions is not None:
         signs = w.signs.clone(memory_format=torch.contiguous_format)
         positions = w.salient_positions.contiguous()
-        found.handle.signbit_clear_salient(
-            signs.data_ptr(), sign_planes, rows, w.in_features, positions.data_ptr(),
-            None if w.salient_counts is None else w.salient_counts.contiguous().data_ptr(),
+        counts = None if w.salient_counts is None else w.salient_counts.contiguous()
+        total = found.handle.signbit_clear_salient(
+            signs.data_ptr(), sign_planes, rows, w.in_features, positions.data_ptr(), positions.numel(),
+            None if counts is None else counts.data_ptr(),
         )  # fmt: skip
+        # The kernels read and write where these say.
+        if total < 0 or w.salient_codes is None or w.salient_codes.numel() * 8 < total * w.salient_bits:
+            raise ShapeError("salient positions, counts and codes do not fit together; the weight is damaged")
     return Prepared.of(w, layout.lay_signs(signs, w.in_features))
 
 
-def _better_by_torch(w: Prepared) -> tuple[str, ...]:
+def better_dense(w: Prepared) -> tuple[str, ...]:
     """The modes in which many tokens are multiplied faster by a dense matrix that is unpacked for the call.
 
     Measured (docs/results.md): a plane costs the kernels half of what the dense product does, and salient values, which
@@ -111,20 +115,41 @@ class Multiplication:
         self.w, self.bias = w, bias
         self._norms = (native.NORMS[norm_in], native.NORMS[norm_out], norm_in_eps, norm_out_eps)
         self._isa = isa
+        self._rows, self._columns = w.shape[:2]
+        self._run = _function("signbit_linear")
+        self._torch = () if norm_in != "none" or norm_out != "none" else better_dense(w)
+        self._point()
+
+    def _point(self) -> None:
+        """Tells C where the tensors lie."""
+        w, bias = self.w, self.bias
         rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits = w.shape
-        self._rows, self._columns = rows, columns
         pointers = (
             w.signs, w.scale, w.shift, w.in_scale, w.in_shift, w.salient_codes, w.salient_positions, w.salient_counts,
             w.salient_zero, w.salient_starts, w.salient_scale,
         )  # fmt: skip
+        for tensor in (*pointers, bias):
+            if tensor is not None and not (tensor.device.type == "cpu" and tensor.is_contiguous()):
+                raise ShapeError(f"the CPU kernels take contiguous tensors on the CPU, not one on {tensor.device}")
+        if bias is not None and (list(bias.shape) != [rows] or bias.dtype not in native.FLOATS):
+            raise ShapeError(f"a bias is float32, bfloat16 or float16 [{rows}], not {bias.dtype} {list(bias.shape)}")
+        self._places = self._where()
         self._matrix = native.Matrix(
             rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, native.FLOATS[w.scale.dtype],
             salient_bits, *(None if t is None else t.data_ptr() for t in pointers),
         )  # fmt: skip
         self._matrix_address = ctypes.addressof(self._matrix)
-        self._run = _function("signbit_linear")
-        self._torch = () if norm_in != "none" or norm_out != "none" else _better_by_torch(w)
         self._calls: dict[tuple[torch.dtype, str, int], tuple[int, native.Call]] = {}  # with its address
+
+    def _where(self) -> tuple[object, ...]:
+        # A tensor that stays the same object may still get another storage: by .data, or when it is shared with another
+        # process.
+        bias = self.bias
+        return (
+            self.w.signs.data_ptr(),
+            self.w.scale.data_ptr(),
+            *(() if bias is None else (bias.data_ptr(), bias.dtype)),
+        )
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the CPU; the result has its dtype, [..., N].
@@ -134,9 +159,14 @@ class Multiplication:
         shape = x.shape
         if not shape or shape[-1] != self._columns:
             raise ShapeError(f"the input has shape {list(shape)}; this layer takes [..., {self._columns}]")
+        if x.device.type != "cpu":
+            raise ShapeError(f"the input is on {x.device}, the layer on the CPU")
         if activations in self._torch and x.numel() >= MANY_TOKENS * self._columns:
-            y = reference.binary_linear(x, self.w.stored(), activations)
-            return y if self.bias is None else y + self.bias
+            with torch.autocast("cpu", enabled=False):
+                y = reference.binary_linear(x, self.w.stored(), activations)
+            return y if self.bias is None else (y + self.bias).to(x.dtype)
+        if self._where() != self._places:
+            self._point()
         if not x.is_contiguous():
             x = x.contiguous()
         y = x.new_empty((*shape[:-1], self._rows))
@@ -166,7 +196,8 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str, isa: 
     if activations == "exact" and x.numel() >= MANY_TOKENS_OF_A_HEAD * columns:
         # Floats times bytes: torch's own product of floats is faster, made of some rows at a time.
         pieces = zip(codes.split(_HEAD_ROWS), scale.split(_HEAD_ROWS), strict=True)
-        return torch.cat([reference.int8_linear(x, c, s, activations) for c, s in pieces], dim=-1)
+        with torch.autocast("cpu", enabled=False):
+            return torch.cat([reference.int8_linear(x, c, s, activations) for c, s in pieces], dim=-1)
     x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
     matrix = native.Int8Matrix(rows, columns, native.FLOATS[scale.dtype], codes.data_ptr(), scale.data_ptr())
@@ -208,13 +239,22 @@ def _call(isa: str | None, activations: str, dtype: torch.dtype, threads: int) -
 
 def check(isa: str) -> str | None:
     """What is wrong with the kernels of `isa` on a few rows, both modes, both ops; None if nothing is."""
+    # Whatever the caller has set: its verdict holds for the whole process.
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
+        return _check(isa)
+
+
+def _check(isa: str) -> str | None:
     generator = torch.Generator().manual_seed(0)
     rows, columns = 40, 136
-    signs = bits.pack_signs(torch.randn(1, rows, columns, generator=generator))
-    scale = torch.rand(1, rows, 1, generator=generator) + 0.5
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+    signs, scale = bits.pack_signs(normal(1, rows, columns)), normal(1, rows, 1).abs() + 0.5
     w = Operands(signs, scale, None, None, None, None, None, None, None, None, 0, columns)
     codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
-    x = torch.randn(3, columns, generator=generator)
+    x = normal(3, columns)
     for activations in ("exact", "int8"):
         for what, got, want in (
             ("binary_linear", binary_linear(x, w, activations, isa), reference.binary_linear(x, w, activations)),

@@ -114,8 +114,20 @@ class Multiplication:
 
     def __init__(self, w: Prepared, bias: Tensor | None = None) -> None:
         self.w, self.bias = w, bias
+        self._rows, self._columns, self._groups, self._planes = w.shape[:4]
+        extras = (w.shift, w.in_scale, w.in_shift, w.salient_positions)
+        self._terms = any(t is not None for t in extras)
+        self._device = w.signs.device
+        self._launches: dict[tuple[torch.dtype, str, int, bool], tuple[nvrtc.Kernel, int, int, int]] = {}
+        self._point()
+
+    def _point(self) -> None:
+        """Tells the kernels where the tensors lie."""
+        w, bias = self.w, self.bias
         rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits = w.shape
-        self._rows, self._columns, self._groups, self._planes = rows, columns, groups, planes
+        if bias is not None and (list(bias.shape) != [rows] or bias.dtype not in FLOATS or not bias.is_contiguous()):
+            raise ShapeError(f"a bias is float32, bfloat16 or float16 [{rows}], not {bias.dtype} {list(bias.shape)}")
+        self._places = self._where()
         pointers = (
             w.signs, w.scale, w.shift, w.in_scale, w.in_shift, bias, w.salient_codes, w.salient_positions,
             w.salient_counts, w.salient_zero, w.salient_starts, w.salient_scale, None, None,
@@ -125,10 +137,15 @@ class Multiplication:
             sign_planes, in_scale_planes, scale_rows, FLOATS[w.scale.dtype], salient_bits,
             bias_type=0 if bias is None else FLOATS[bias.dtype],
         )  # fmt: skip
-        extras = (w.shift, w.in_scale, w.in_shift, w.salient_positions)
-        self._terms = any(t is not None for t in extras)
-        self._device = w.signs.device
-        self._launches: dict[tuple[torch.dtype, str, int, bool], tuple[nvrtc.Kernel, int, int, int]] = {}
+
+    def _where(self) -> tuple[object, ...]:
+        # A tensor that stays the same object may still get another storage, by .data for one.
+        bias = self.bias
+        return (
+            self.w.signs.data_ptr(),
+            self.w.scale.data_ptr(),
+            *(() if bias is None else (bias.data_ptr(), bias.dtype)),
+        )
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the matrix's device; the result has its dtype, [..., N].
@@ -138,7 +155,11 @@ class Multiplication:
         shape = x.shape
         if not shape or shape[-1] != self._columns:
             raise ShapeError(f"the input has shape {list(shape)}; this layer takes [..., {self._columns}]")
-        with torch.cuda.device(self._device):
+        if x.device != self._device:
+            raise ShapeError(f"the input is on {x.device}, the layer on {self._device}")
+        if self._where() != self._places:
+            self._point()
+        with torch.cuda.device(self._device), torch.autocast("cuda", enabled=False):
             flat = x.reshape(-1, self._columns)
             tokens = flat.shape[0]
             if tokens == 0:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 _LIBRARY = "signbit/libsignbit_kernels.so"
-_ABI = 1
+_ABI = 2
 #: The float types of inputs, scales and biases, and their numbers in C.
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NORMS = {"none": 0, "rms": 1, "layer": 2}
@@ -83,8 +83,8 @@ def library() -> Library | str:
     handle.signbit_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]
     handle.signbit_int8_linear.argtypes = handle.signbit_linear.argtypes
     handle.signbit_linear.restype = handle.signbit_int8_linear.restype = c_int
-    handle.signbit_clear_salient.argtypes = [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p]
-    handle.signbit_clear_salient.restype = None
+    handle.signbit_clear_salient.argtypes = [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_void_p]
+    handle.signbit_clear_salient.restype = c_int64
     names = [handle.signbit_isa_name(i).decode() for i in range(handle.signbit_isa_count())]
     runs = {name: i for i, name in enumerate(names) if handle.signbit_isa_runs(i)}
     return Library(handle, str(path), tuple(handle.signbit_features().decode().split()), tuple(names), runs)

@@ -43,7 +43,7 @@ def _quantized_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
     width = columns // groups
     q, step = quantize_activations(x, activations)
     # Salient values replace what stands at their positions, so planes and shifts skip those.
-    kept = torch.ones(rows, columns, device=x.device)
+    kept = torch.ones(rows, columns, device=x.device, dtype=torch.float32)
     integers = None
     if w.salient_codes is not None:
         index, _, values = bits.salient_integers(w)
@@ -51,7 +51,7 @@ def _quantized_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
         integers = torch.zeros(rows, columns, device=x.device, dtype=torch.float64)
         integers.view(-1)[index] = values.double()
 
-    y = torch.zeros(x.shape[0], rows, device=x.device)
+    y = torch.zeros(x.shape[0], rows, device=x.device, dtype=torch.float32)
     for plane in range(w.scale.shape[0]):
         q_plane, step_plane = q, step
         if w.in_scale is not None:

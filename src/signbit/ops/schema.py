@@ -187,6 +187,8 @@ def binary_linear(x: Tensor, w: Operands, activations: str = "exact") -> Tensor:
     Raises ShapeError if x does not end in K columns.
     """
     _check_columns(x, w.in_features)
+    if w.signs.device != x.device:
+        raise ShapeError(f"the input is on {x.device}, the matrix on {w.signs.device}")
     result: Tensor = torch.ops.signbit.binary_linear(x, *w, activations)
     return result
 
@@ -194,6 +196,11 @@ def binary_linear(x: Tensor, w: Operands, activations: str = "exact") -> Tensor:
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str = "exact") -> Tensor:
     """y = x · diag(scale)·codesᵀ for `codes` int8 [N, K] and `scale` float [N]; dtypes, modes and errors as above."""
     _check_columns(x, codes.shape[1])
+    if codes.dtype is not torch.int8 or list(scale.shape) != [codes.shape[0]] or codes.device != x.device:
+        raise ShapeError(
+            f"an int8 matrix has int8 codes [N, K] and a scale [N] on the input's device, not {codes.dtype} "
+            f"{list(codes.shape)} and {list(scale.shape)} on {codes.device}"
+        )
     result: Tensor = torch.ops.signbit.int8_linear(x, codes, scale, activations)
     return result
 
