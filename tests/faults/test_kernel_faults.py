@@ -1,0 +1,58 @@
+"""Bugs seeded in the C++ kernels: the replayed cases of the laws must catch each."""
+
+import re
+import shutil
+
+import pytest
+
+from signbit.ops import native
+from tests.laws import record
+from tests.ops.test_replay import CSRC, build, need, run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}"),
+]
+# Name: file, what stands there, what stands there instead.
+FAULTS = {
+    "last rows unwritten": (
+        "api.cpp", "last = total * (i + 1) / job.tasks;", "last = total * (i + 1) / job.tasks - (i + 1 == job.tasks);",
+    ),
+    "one wrong bit": ("isa_portable.cpp", "-(bits >> k & 1)", "-(bits >> (k == 5 ? 6 : k) & 1)"),
+    "scale off by 1 %": (
+        "kernels.inl", "return splat(load(w.scale, plane * w.groups + group, w.float_type));",
+        "return splat(load(w.scale, plane * w.groups + group, w.float_type) * 1.01f);",
+    ),
+    "group of another scale": ("kernels.inl", "const vf scale = scale_of(plane, block + r, group);",
+                               "const vf scale = scale_of(plane, block + r, 0);"),
+    "shift forgotten": ("kernels.inl", "if (w.shift != nullptr) add_shift();", ""),
+    "input shift forgotten": ("kernels.inl", "vload<vf>(y + cell(block, t)) + shifted[t]", "vload<vf>(y + cell(block, t))"),
+    "code cut at a byte": ("kernels.inl", "if (in_byte + w.salient_bits > 8)", "if (in_byte > 8)"),
+    "second plane's input scale": ("kernels.inl", "const int64_t row = plane * w.columns;", "const int64_t row = 0;"),
+    "mean of the input's norm": ("kernels.inl", "for (k = 0; k < columns; k++) to[k] -= mean;", ""),
+    "head without its last columns": ("kernels.inl", "for (int64_t k = most; k < columns; k++) whole",
+                                      "for (int64_t k = most; k < columns - 1; k++) whole"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cases") / "cases"
+    record.write(path)
+    return path
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_the_replayed_laws_catch(fault, recorded, tmp_path, monkeypatch):
+    need("c++", "cmake", "ninja")
+    source = tmp_path / "csrc"
+    shutil.copytree(CSRC, source)
+    if fault is not None:
+        file, right, wrong = FAULTS[fault]
+        text = (source / file).read_text()
+        assert text.count(right) == 1, f"{file} has changed: {right}"
+        (source / file).write_text(text.replace(right, wrong))
+    monkeypatch.setattr("tests.ops.test_replay.CSRC", source)
+    done = run(build(tmp_path / "built", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1"), recorded, "2")
+    wrong = int(re.search(r"(\d+) wrong;", done.stdout).group(1))
+    assert (done.returncode == 0) == (wrong == 0) == (fault is None), done.stdout[-500:]
