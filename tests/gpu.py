@@ -1,0 +1,58 @@
+"""All tests that need a GPU, on a machine that has one, in one go and with one summary: python -m tests.gpu [FOLDER]
+
+The parts run side by side, each with its whole output in FOLDER. It needs pytest, torch and transformers, no installed
+signbit (PYTHONPATH=src) and no pytest plugin.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Name of a part: its tests and a further choice among those that are marked `gpu`.
+PARTS = {
+    "kernels": (["tests/ops"], ""),
+    "laws on random inputs": (["tests/laws"], "random or int8_activations"),
+    "other laws, faults": (["tests/laws", "tests/faults"], "not random and not int8_activations"),
+    "calibration and models": (["tests/hub", "tests/methods", "tests/ptq"], ""),
+}
+
+
+def main() -> int:
+    """Exit status 1 if a test failed or a part ran none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("there is no GPU here")
+        return 1
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without pyproject.toml, whose options belong to plugins.
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ROOT, "-p", "no:cacheprovider"]
+    command += ["-m", "gpu", "-W", "ignore::pytest.PytestUnknownMarkWarning"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    running = {}
+    for name, (paths, choice) in PARTS.items():
+        log = (folder / f"{name.replace(' ', '_').replace(',', '')}.txt").open("w")
+        more = ["-k", choice] if choice else []
+        running[name] = (
+            log,
+            subprocess.Popen([*command, *paths, *more], cwd=ROOT, env=environment, stdout=log, stderr=log),
+        )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, output in {folder}")
+    worst = 0
+    for name, (log, process) in running.items():
+        worst = max(worst, process.wait())
+        log.close()
+        lines = Path(log.name).read_text().splitlines()
+        print(f"{name}: {lines[-1] if lines else 'nothing'}")
+        for line in lines:
+            if line.startswith(("FAILED", "ERROR")):
+                print(f"  {line[:200]}")
+    return min(worst, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
