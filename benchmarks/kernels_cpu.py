@@ -30,6 +30,8 @@ from signbit.weight import BinaryWeight
 
 # So many bytes of packed bits are cycled through: more than a core's second-level cache.
 CYCLED_BYTES = 16 << 20
+# A square one, and the linears of a 1.3B and a 7B Llama.
+SHAPES = ["4096x4096", "2048x2048", "5632x2048", "2048x5632", "11008x4096", "4096x11008"]
 # Threads of OpenMP, torch's and ggml's, go on spinning for milliseconds after their last call, on cores that others
 # would use.
 QUIET_S = 0.03
@@ -81,7 +83,8 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
     form = f"{rows}×{columns}, {'row scale' if groups == 1 else f'group {group}'}, {threads} threads"
     for tokens, name in ((1, "decode"), (128, "prefill")):
         x = torch.randn(tokens, columns)
-        check(weights[0], prepared[0], isa, x)
+        for weight, laid in zip(weights, prepared, strict=True) if tokens == 1 else [(weights[0], prepared[0])]:
+            check(weight, laid, isa, x)
         runners = [matrix.runner(tokens, threads) for matrix in q1]
         theirs = runners[0](x.numpy())
         off = np.abs(theirs - reference.binary_linear(x, weights[0].operands(), "exact").numpy()).max()
@@ -134,7 +137,9 @@ def pass_7b(group: int, threads: int, isa: str) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "2048x2048", "5632x2048", "11008x4096"])
+    parser.add_argument(
+        "--shapes", nargs="+", default=["4096x4096", "2048x2048", "5632x2048", "2048x5632", "11008x4096", "4096x11008"]
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--isa", help="instruction set; the best that runs unless named")
     parser.add_argument("--pass-7b", action="store_true", help="all linears of LLaMA-7B, 0.8 GB of packed bits")
