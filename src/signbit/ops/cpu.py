@@ -133,23 +133,15 @@ class Multiplication:
                 raise ShapeError(f"the CPU kernels take contiguous tensors on the CPU, not one on {tensor.device}")
         if bias is not None and (list(bias.shape) != [rows] or bias.dtype not in native.FLOATS):
             raise ShapeError(f"a bias is float32, bfloat16 or float16 [{rows}], not {bias.dtype} {list(bias.shape)}")
-        self._places = self._where()
+        self._signs, self._signs_at = w.signs, w.signs.data_ptr()
+        self._bias_at = 0 if bias is None else bias.data_ptr()
+        self._bias_dtype = None if bias is None else bias.dtype
         self._matrix = native.Matrix(
             rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, native.FLOATS[w.scale.dtype],
             salient_bits, *(None if t is None else t.data_ptr() for t in pointers),
         )  # fmt: skip
         self._matrix_address = ctypes.addressof(self._matrix)
         self._calls: dict[tuple[torch.dtype, str, int], tuple[int, native.Call]] = {}  # with its address
-
-    def _where(self) -> tuple[object, ...]:
-        # A tensor that stays the same object may still get another storage: by .data, or when it is shared with another
-        # process.
-        bias = self.bias
-        return (
-            self.w.signs.data_ptr(),
-            self.w.scale.data_ptr(),
-            *(() if bias is None else (bias.data_ptr(), bias.dtype)),
-        )
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the CPU; the result has its dtype, [..., N].
@@ -159,13 +151,17 @@ class Multiplication:
         shape = x.shape
         if not shape or shape[-1] != self._columns:
             raise ShapeError(f"the input has shape {list(shape)}; this layer takes [..., {self._columns}]")
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise ShapeError(f"the input is on {x.device}, the layer on the CPU")
         if activations in self._torch and x.numel() >= MANY_TOKENS * self._columns:
             with torch.autocast("cpu", enabled=False):
                 y = reference.binary_linear(x, self.w.stored(), activations)
             return y if self.bias is None else (y + self.bias).to(x.dtype)
-        if self._where() != self._places:
+        bias = self.bias
+        # A tensor that stays the same object may still get another storage: by .data, or when another process shares it.
+        if self._signs.data_ptr() != self._signs_at or (
+            bias is not None and (bias.data_ptr() != self._bias_at or bias.dtype is not self._bias_dtype)
+        ):
             self._point()
         if not x.is_contiguous():
             x = x.contiguous()
