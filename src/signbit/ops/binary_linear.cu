@@ -155,8 +155,7 @@ typedef int Sum;
 typedef float Sum;
 #endif
 
-// Where everything lies in shared memory. Bytes of a token's prepared activations: such that eight tokens, or two, that
-// are read at once lie in different banks.
+// Where everything lies in shared memory.
 struct Shared {
   uint4 *ring;    // [WARPS][STAGES][32]
   u8 *activations; // [T][pitch] halves; MODE 0: [column tile][32 lanes][2] words of bit planes
@@ -173,8 +172,13 @@ struct Shared {
 #define WIDE (ONE ? 1 : TOKENS)
 #define PADDED 288 // so that the same place of eight neighbouring column tiles lies in different banks
 
+// How a block shares out its work. It has the row tiles [first, first + tiles); `slots` warps side by side take the column
+// tiles of one, this warp those from `slot` on, of the row tiles warp_tile, warp_tile + warp_stride …
 struct Plan {
-  int row_tiles, column_tiles, first, tiles, slots, slot, shift_tiles, lanes_of, chunk_tiles, chunks, pitch, width_t;
+  int row_tiles, column_tiles, first, tiles;
+  int slots, slot, warp_tile, warp_stride;
+  int chunks, chunk_tiles; // of prepared columns
+  int pitch;               // bytes from one token's prepared activations to the next's
 };
 
 // Eight neighbouring columns of a token; zero beyond the last.
@@ -549,7 +553,7 @@ __device__ __forceinline__ void units(const Arguments &a, const Plan &plan, cons
       const int group = min((done - 1) / a.width, a.groups - 1);
 #pragma unroll
       for (int u = 0; u < AT_ONCE; u++) {
-        const int row_tile = min(tile + u * plan.lanes_of, plan.tiles - 1);
+        const int row_tile = min(tile + u * plan.warp_stride, plan.tiles - 1);
         const float low = scale_of(a, plan, s, plane, row_tile, group, g);
         const float high = scale_of(a, plan, s, plane, row_tile, group, g + 8);
 #pragma unroll
@@ -572,15 +576,15 @@ struct Walk {
 
   __device__ __forceinline__ void begin(const Plan &p) {
     plane = chunk = 0;
-    tile = p.width_t;
+    tile = p.warp_tile;
     column = p.slot;
   }
   __device__ __forceinline__ bool settle(const Arguments &a, const Plan &p) {
     while (plane < a.planes) {
       if (column < min((chunk + 1) * p.chunk_tiles, p.column_tiles) && tile < p.tiles) return true;
-      if (tile < p.tiles) tile += p.lanes_of * AT_ONCE;
+      if (tile < p.tiles) tile += p.warp_stride * AT_ONCE;
       if (tile >= p.tiles) {
-        tile = p.width_t;
+        tile = p.warp_tile;
         if (++chunk == p.chunks) chunk = 0, plane++;
         if (tile >= p.tiles) return false;
       }
@@ -593,8 +597,8 @@ struct Walk {
       const long long at = (long long)(a.sign_planes == 1 ? 0 : plane) * p.row_tiles + p.first + tile;
 #pragma unroll
       for (int u = 0; u < AT_ONCE; u++)
-        if (tile + u * p.lanes_of < p.tiles)
-          copy_async(to + u * 32, a.signs + ((at + u * p.lanes_of) * p.column_tiles + column) * 32 + threadIdx.x % 32);
+        if (tile + u * p.warp_stride < p.tiles)
+          copy_async(to + u * 32, a.signs + ((at + u * p.warp_stride) * p.column_tiles + column) * 32 + threadIdx.x % 32);
       column += p.slots;
     }
     copies_end();
@@ -743,12 +747,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
   plan.slots = 1;
   while (plan.slots < WARPS && plan.slots < plan.chunk_tiles && plan.slots < plan.column_tiles) plan.slots *= 2;
   plan.slot = warp % plan.slots;
-  plan.width_t = warp / plan.slots; // the warp's first row tile
-  plan.lanes_of = WARPS / plan.slots;
+  plan.warp_tile = warp / plan.slots; // the warp's first row tile
+  plan.warp_stride = WARPS / plan.slots;
   plan.pitch = a.chunk * 2 + 64;
 
   // Row tiles of a warp whose partial sums lie in shared memory at a time.
-  const int turns = min(TURNS, (plan.tiles + plan.lanes_of - 1) / plan.lanes_of);
+  const int turns = min(TURNS, (plan.tiles + plan.warp_stride - 1) / plan.warp_stride);
 
   Shared s;
   u8 *next = memory;
@@ -842,9 +846,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
 #else
       const int total = 0;
 #endif
-      for (int tile0 = 0; tile0 < plan.tiles; tile0 += TURNS * plan.lanes_of) {
-        const int tiles = min(TURNS * plan.lanes_of, plan.tiles - tile0);
-        for (int tile = tile0 + plan.width_t; tile < tile0 + tiles; tile += plan.lanes_of * AT_ONCE) {
+      for (int tile0 = 0; tile0 < plan.tiles; tile0 += TURNS * plan.warp_stride) {
+        const int tiles = min(TURNS * plan.warp_stride, plan.tiles - tile0);
+        for (int tile = tile0 + plan.warp_tile; tile < tile0 + tiles; tile += plan.warp_stride * AT_ONCE) {
           Sum partial[AT_ONCE][COLUMNS][4];
 #pragma unroll
           for (int u = 0; u < AT_ONCE; u++)
@@ -864,8 +868,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
           const int g = lane / 4, t = lane % 4;
 #pragma unroll
           for (int u = 0; u < AT_ONCE; u++) {
-            if (tile + u * plan.lanes_of >= tile0 + tiles) break;
-            Sum *to = s.partial + ((tile + u * plan.lanes_of - tile0) * plan.slots + plan.slot) * 16 * WIDE;
+            if (tile + u * plan.warp_stride >= tile0 + tiles) break;
+            Sum *to = s.partial + ((tile + u * plan.warp_stride - tile0) * plan.slots + plan.slot) * 16 * WIDE;
 #if MODE == 0
             // Columns are bit planes: 2t is worth 2²ᵗ, 2t + 1 twice that, the last is the sign.
             int low = (partial[u][0][0] << (2 * t)) + (t == 3 ? -(partial[u][0][1] << 7) : partial[u][0][1] << (2 * t + 1));

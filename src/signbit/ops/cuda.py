@@ -94,8 +94,7 @@ def unsupported(w: Operands) -> str | None:
 
 def prepare(w: Operands) -> Prepared:
     """`w` in the kernels' order; the caller has asked `unsupported`."""
-    _, rows, columns = w.signs.shape[0], w.signs.shape[1], w.in_features
-    signs = w.signs
+    signs, rows, columns = w.signs, w.signs.shape[1], w.in_features
     if w.salient_positions is not None:
         mask = torch.zeros(rows * columns, dtype=torch.bool, device=signs.device)
         mask[bits.unpack_positions(w.salient_positions, w.salient_counts, rows, columns)] = True
