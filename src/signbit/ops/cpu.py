@@ -13,7 +13,7 @@ from torch import Tensor
 from signbit import bits
 from signbit.bits import Operands
 from signbit.errors import OptionError, ShapeError, SignbitError
-from signbit.ops import layout, native, reference
+from signbit.ops import layout, native, prepared, reference
 from signbit.ops.prepared import Prepared
 
 #: Names the instruction set that multiplies ("avx512", "avxvnni", "avx2", "neon", "portable"), or "reference" for none.
@@ -52,15 +52,7 @@ def selected() -> tuple[str | None, str]:
 
 def unsupported(w: Operands) -> str | None:
     """Why the kernels do not multiply by `w`, or None if they do."""
-    groups = w.scale.shape[2]
-    floats = {t.dtype for t in (w.scale, w.shift, w.in_scale, w.in_shift, w.salient_scale) if t is not None}
-    if groups > 1 and (w.in_features // groups) % layout.WORD_COLUMNS:
-        return f"groups of {w.in_features // groups} columns are no multiple of {layout.WORD_COLUMNS}"
-    if len(floats) > 1 or not floats <= native.FLOATS.keys():
-        return f"scales of type {', '.join(sorted(map(str, floats)))}"
-    if w.in_features > MAX_COLUMNS:
-        return f"{w.in_features} columns are more than {MAX_COLUMNS}"
-    return None
+    return prepared.unsupported(w, MAX_COLUMNS)
 
 
 def prepare(w: Operands) -> Prepared:

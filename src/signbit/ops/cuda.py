@@ -17,7 +17,7 @@ from torch import Tensor
 from signbit import bits
 from signbit.bits import Operands
 from signbit.errors import OptionError, ShapeError
-from signbit.ops import layout, nvrtc, reference
+from signbit.ops import layout, nvrtc, prepared, reference
 from signbit.ops.native import FLOATS
 from signbit.ops.prepared import Prepared
 
@@ -81,15 +81,7 @@ def selected(index: int) -> tuple[str | None, str]:
 
 def unsupported(w: Operands) -> str | None:
     """Why the kernels do not multiply by `w`, or None if they do."""
-    groups = w.scale.shape[2]
-    floats = {t.dtype for t in (w.scale, w.shift, w.in_scale, w.in_shift, w.salient_scale) if t is not None}
-    if groups > 1 and (w.in_features // groups) % layout.WORD_COLUMNS:
-        return f"groups of {w.in_features // groups} columns are no multiple of {layout.WORD_COLUMNS}"
-    if len(floats) > 1 or not floats <= FLOATS.keys():
-        return f"scales of type {', '.join(sorted(map(str, floats)))}"
-    if w.in_features > MAX_COLUMNS:
-        return f"{w.in_features} columns are more than {MAX_COLUMNS}"
-    return None
+    return prepared.unsupported(w, MAX_COLUMNS)
 
 
 def prepare(w: Operands) -> Prepared:
@@ -99,10 +91,10 @@ def prepare(w: Operands) -> Prepared:
         mask = torch.zeros(rows * columns, dtype=torch.bool, device=signs.device)
         mask[bits.unpack_positions(w.salient_positions, w.salient_counts, rows, columns)] = True
         signs = signs & ~bits.pack_signs(mask.view(rows, columns))
-    prepared = Prepared.of(w, layout.lay_tiles(signs, columns))
+    laid = Prepared.of(w, layout.lay_tiles(signs, columns))
     # A kernel may read its weights before the work ahead of it has ended: let none of that be the making of them.
     torch.cuda.current_stream(w.signs.device).synchronize()
-    return prepared
+    return laid
 
 
 class Multiplication:

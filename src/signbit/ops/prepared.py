@@ -10,6 +10,7 @@ from torch import Tensor
 from signbit import bits
 from signbit.bits import Operands
 from signbit.ops import layout
+from signbit.ops.native import FLOATS
 
 
 class Prepared(NamedTuple):
@@ -60,6 +61,19 @@ class Prepared(NamedTuple):
             self.salient_codes, self.salient_positions, self.salient_counts, self.salient_scale, self.salient_zero,
             salient_bits, columns,
         )  # fmt: skip
+
+
+def unsupported(w: Operands, most_columns: int) -> str | None:
+    """Why kernels that take up to `most_columns` do not multiply by `w`, or None if they do."""
+    groups = w.scale.shape[2]
+    floats = {t.dtype for t in (w.scale, w.shift, w.in_scale, w.in_shift, w.salient_scale) if t is not None}
+    if groups > 1 and (w.in_features // groups) % layout.WORD_COLUMNS:
+        return f"groups of {w.in_features // groups} columns are no multiple of {layout.WORD_COLUMNS}"
+    if len(floats) > 1 or not floats <= FLOATS.keys():
+        return f"scales of type {', '.join(sorted(map(str, floats)))}"
+    if w.in_features > most_columns:
+        return f"{w.in_features} columns are more than {most_columns}"
+    return None
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
