@@ -6,6 +6,9 @@
 
 namespace signbit {
 
+// So many lookups, ten of six columns and one of four, are a piece: 64 columns of int8 by lookup (isa_avx512.cpp).
+constexpr int LOOKUPS = 11;
+
 // Some rows (in blocks of 16; of an int8 matrix: in rows) for some tokens.
 struct Part {
   int64_t first_token, last_token, first_row, last_row;

@@ -7,9 +7,14 @@
 //   vf half(const uint16_t *)                              16 float16
 //   exact<R, T>(w, block stride, words, tables, table stride, acc[R][T])   acc = Σ ±x, 4 columns a table of 16 sums
 //   int8<R, T>(w, block stride, words, q, q stride, all[T], acc[R][T])     acc = Σ ±q, of which all = Σ q
+//   LOOKUP_TOKENS                                          int8 for so many tokens by the functions below; 0: none
+//   lookup_tables, lookup_indices, lookup<R>               see isa_avx512.cpp
 //   dot<R, T>(codes, row stride, q, q stride, columns, sums[R][T])         int8 · int8, columns a multiple of 64
 
-constexpr int64_t CHUNK = 32; // words
+constexpr int64_t CHUNK = 32;        // words
+constexpr int64_t LOOKUP_WORDS = 8; // as lookup allows; all tokens' tables lie in the second-level cache, indices in the first
+constexpr int64_t LOOKUP_PIECES = LOOKUP_WORDS / 2;
+constexpr int LEAST_LOOKUP_TOKENS = 2;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -75,8 +80,8 @@ inline void build_tables(const float *x, int64_t columns, float *tables) {
 }
 
 // a = max(max|u|, 1e-5), q = round_half_even(127·u/a): q in the order in which a word's bits meet it (see int8 in
-// Isa: byte 4p + j is column 8j + p), or as it stands; `sums` [words + 1] counts up over the words. Returns a/127, NaN
-// if an activation is not finite.
+// Isa: byte 4p + j is column 8j + p), or as it stands; `sums` [words + 1] counts up over the words, if it is there.
+// Returns a/127, NaN if an activation is not finite.
 template <bool BIT_ORDER>
 inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *sums) {
   vf most = {}, bad = {};
@@ -86,19 +91,18 @@ inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *
     most = size > most ? size : most;
     bad += v * 0.0f;
   }
-  float a = 1e-5f;
-  for (int i = 0; i < 16; i++) a = most[i] > a ? most[i] : a;
+  const float size = largest(most), a = size > 1e-5f ? size : 1e-5f;
   const float invalid = total(bad);
   if (invalid != 0) { // NaN
     memset(q, 0, static_cast<size_t>(padded));
-    memset(sums, 0, static_cast<size_t>(padded / 32 + 1) * 4);
+    if (sums != nullptr) memset(sums, 0, static_cast<size_t>(padded / 32 + 1) * 4);
     return invalid;
   }
   // Adding 1.5·2²³ leaves no bits for a fraction, rounded half to even. Unsigned, for gcc 12 with -fsanitize=
   // signed-integer-overflow -fno-sanitize-recover loses a vector subtraction here (clang does not).
   const float magic = 12582912.0f;
   const vu base = reinterpret_cast<vu>(splat(magic));
-  sums[0] = 0;
+  if (sums != nullptr) sums[0] = 0;
   for (int64_t k = 0; k < padded; k += 32) {
     const vf low = vload<vf>(u + k) * 127.0f / a, high = vload<vf>(u + k + 16) * 127.0f / a;
     const vi i = reinterpret_cast<vi>(reinterpret_cast<vu>(low + magic) - base);
@@ -112,7 +116,7 @@ inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *
       bytes = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18,
                                       19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
     vstore(q + k, bytes);
-    sums[k / 32 + 1] = sums[k / 32] + total(i + j);
+    if (sums != nullptr) sums[k / 32 + 1] = sums[k / 32] + total(i + j);
   }
   return a / 127.0f;
 }
@@ -144,8 +148,8 @@ inline auto sum_type() {
   else return vf{};
 }
 
-// T tokens times some blocks of rows.
-template <int T, bool INT8>
+// T tokens times some blocks of rows; int8 by multiplication, or by lookup if T is worth the tables.
+template <int T, bool INT8, bool LOOKUP>
 struct Tile {
   using Sum = decltype(sum_type<INT8>());
   const signbit_matrix &w;
@@ -153,28 +157,40 @@ struct Tile {
   const Input &input;
   const int64_t first, last; // blocks
   const int64_t blocks, words, padded, width;
+  const int64_t x_pitch; // between tokens in x and u: 0 where the codes are all that is needed of them
   const int64_t pitch; // bytes between tokens in q: not a power of two, which would put them all in one cache set
   // So many words that the tables of T tokens, 16 bytes a column, lie in 16 KiB, half of a first-level cache.
   static constexpr int64_t TABLE_WORDS = T <= 8 ? CHUNK / T : 2;
+  // A token's tables: sums of four floats, or the bytes of lookup_tables.
+  static constexpr int64_t TABLE_FLOATS = LOOKUP ? LOOKUP_PIECES * LOOKUPS * 128 / 4 : TABLE_WORDS * 128;
 
   float *x, *u, *tables, *y, *y_plane, *group_sums;
   int8_t *q;
-  int32_t *q_sums, *y_integers;
-  float step[T], x_step[T], shifted[T]; // of u, of x; the input shift's share
+  uint8_t *indices;
+  int32_t *q_sums, *y_integers, *sizes;
+  float step[T] = {}, x_step[T], shifted[T]; // of u, of x; the input shift's share
 
   Tile(const signbit_matrix &matrix, const signbit_call &how, const Input &in, const Part &part)
       : w(matrix), call(how), input(in), first(part.first_row), last(part.last_row), blocks((matrix.rows + 15) / 16),
-        words((matrix.columns + 31) / 32), padded(words * 32), width(matrix.columns / matrix.groups), pitch(padded + 64) {}
+        words((matrix.columns + 31) / 32), padded(words * 32), width(matrix.columns / matrix.groups),
+        x_pitch(INT8 && !w.in_scale && !w.in_shift && !w.salient_codes ? 0 : padded), pitch(padded + 64) {}
 
-  int64_t lanes() const { return (last - first) * 16; }
+  // Rows of the part; for look_up_rows of all the blocks that it does not tell from those that are there.
+  int64_t lanes() const { return LOOKUP ? (last - first + 3) / 4 * 64 : (last - first) * 16; }
 
-  // Where a token's 16 results of a block lie in y and y_integers: those of all T side by side.
-  int64_t cell(int64_t block, int t) const { return ((block - first) * T + t) * 16; }
+  // Where a token's 16 results of a block lie in y and y_integers: beside what is written with them, all T of a block,
+  // or all blocks of a token (T of a block would be pages apart in one cache set).
+  int64_t cell(int64_t block, int t) const {
+    return LOOKUP ? t * lanes() + (block - first) * 16 : ((block - first) * T + t) * 16;
+  }
 
   int64_t bytes() const {
-    return 3 * Memory::bytes<float>(T * padded) + Memory::bytes<float>(T * TABLE_WORDS * 128) +
-           Memory::bytes<float>(T * w.groups) + (2 * T + 1) * Memory::bytes<float>(lanes()) + Memory::bytes<int8_t>(T * pitch) +
-           Memory::bytes<int32_t>(T * (words + 1)) + Memory::bytes<uint32_t>(padded) + Memory::bytes<uint8_t>(padded + 8);
+    return 3 * Memory::bytes<float>(T * padded) + Memory::bytes<float>(T * TABLE_FLOATS) +
+           Memory::bytes<float>(T * w.groups) + (2 * T + 1) * Memory::bytes<float>(lanes()) +
+           Memory::bytes<int8_t>(T * pitch) + Memory::bytes<int32_t>(T * (words + 1)) +
+           LOOKUP * Memory::bytes<uint8_t>(LOOKUP_PIECES * LOOKUPS * 4 * 64) +
+           LOOKUP * Memory::bytes<int32_t>(T * (LOOKUP_PIECES + 1)) + Memory::bytes<uint32_t>(padded) +
+           Memory::bytes<uint8_t>(padded + 8);
   }
 
   bool run(int64_t token) {
@@ -183,18 +199,24 @@ struct Tile {
     Memory memory{static_cast<char *>(piece)};
     x = memory.take<float>(T * padded);
     u = memory.take<float>(T * padded);
-    tables = memory.take<float>(T * TABLE_WORDS * 128);
+    tables = memory.take<float>(T * TABLE_FLOATS);
     group_sums = memory.take<float>(T * w.groups);
     y = memory.take<float>(T * lanes());
-    y_plane = memory.take<float>(T * lanes());
+    y_plane = INT8 && w.planes == 1 ? y : memory.take<float>(T * lanes()); // the first plane's sums become y
     y_integers = reinterpret_cast<int32_t *>(y_plane);
     q = memory.take<int8_t>(T * pitch);
     q_sums = memory.take<int32_t>(T * (words + 1));
-    memset(y, 0, static_cast<size_t>(T * lanes()) * 4);
+    if constexpr (LOOKUP) {
+      indices = memory.take<uint8_t>(LOOKUP_PIECES * LOOKUPS * 4 * 64);
+      sizes = memory.take<int32_t>(T * (LOOKUP_PIECES + 1));
+      for (int t = 0; t < T; t++) memset(q + t * pitch + padded, 0, 32); // half a piece
+    }
+    if (!INT8) memset(y, 0, static_cast<size_t>(T * lanes()) * 4);
 
-    for (int t = 0; t < T; t++)
-      read_token(call, input.x, (token + t) * input.stride, w.columns, padded, x + t * padded);
-    if (INT8) quantize(x, x_step);
+    for (int t = 0; t < T; t++) {
+      read_token(call, input.x, (token + t) * input.stride, w.columns, padded, x + t * x_pitch);
+      if (INT8) x_step[t] = quantize(x, t);
+    }
     if (w.shift != nullptr) sum_groups();
     for (int t = 0; t < T; t++) {
       shifted[t] = 0;
@@ -202,8 +224,8 @@ struct Tile {
       vf sums = {};
       float rest = 0;
       int64_t k = 0;
-      for (; k + 16 <= w.columns; k += 16) sums += load16(w.in_shift, k, w.float_type) * vload<vf>(x + t * padded + k);
-      for (; k < w.columns; k++) rest += load(w.in_shift, k, w.float_type) * x[t * padded + k];
+      for (; k + 16 <= w.columns; k += 16) sums += load16(w.in_shift, k, w.float_type) * vload<vf>(x + t * x_pitch + k);
+      for (; k < w.columns; k++) rest += load(w.in_shift, k, w.float_type) * x[t * x_pitch + k];
       shifted[t] = total(sums) + rest;
     }
 
@@ -211,10 +233,12 @@ struct Tile {
       const float *from = take_plane(plane);
       const uint32_t *signs = w.signs + (w.sign_planes == 1 ? 0 : plane) * words * blocks * 16;
       if (INT8) memset(y_plane, 0, static_cast<size_t>(T * lanes()) * 4);
-      for (int64_t word = 0; word < words; word += CHUNK) {
-        const int64_t count = least(CHUNK, words - word);
-        multiply(signs + word * blocks * 16, from, word, count, plane);
-      }
+      if constexpr (LOOKUP) look_up<Isa>(signs, plane);
+      else
+        for (int64_t word = 0; word < words; word += CHUNK) {
+          const int64_t count = least(CHUNK, words - word);
+          multiply(signs + word * blocks * 16, from, word, count, plane);
+        }
       if (INT8) add_plane(plane);
     }
     if (w.shift != nullptr) add_shift();
@@ -232,9 +256,13 @@ struct Tile {
     return true;
   }
 
+  float quantize(const float *from, int t) {
+    return quantize_token<!LOOKUP>(from + t * x_pitch, padded, q + t * pitch,
+                                  LOOKUP && !w.shift ? nullptr : q_sums + t * (words + 1));
+  }
+
   void quantize(const float *from, float *steps) {
-    for (int t = 0; t < T; t++)
-      steps[t] = quantize_token<true>(from + t * padded, padded, q + t * pitch, q_sums + t * (words + 1));
+    for (int t = 0; t < T; t++) steps[t] = quantize(from, t);
   }
 
   // What the signs of a plane meet: x, or x times the plane's input scale; for int8 its codes, in q.
@@ -253,8 +281,8 @@ struct Tile {
   void scale_inputs(int plane) {
     const int64_t row = plane * w.columns;
     for (int t = 0; t < T; t++) {
-      const float *from = x + t * padded;
-      float *to = u + t * padded;
+      const float *from = x + t * x_pitch;
+      float *to = u + t * x_pitch;
       int64_t k = 0;
       for (; k + 16 <= w.columns; k += 16)
         vstore(to + k, vload<vf>(from + k) * load16(w.in_scale, row + k, w.float_type));
@@ -272,7 +300,7 @@ struct Tile {
           const int64_t begin = g * width / 32, end = w.groups == 1 ? words : (g + 1) * width / 32;
           sum = static_cast<float>(sums[end] - sums[begin]) * x_step[t];
         } else {
-          const float *from = x + t * padded + g * width;
+          const float *from = x + t * x_pitch + g * width;
           vf sums = {};
           int64_t k = 0;
           for (; k + 16 <= width; k += 16) sums += vload<vf>(from + k);
@@ -295,7 +323,7 @@ struct Tile {
       const int64_t some = least(step_words, count - part);
       if (!INT8)
         for (int t = 0; t < T; t++)
-          build_tables(from + t * padded + (word + part) * 32, some * 32, tables + t * TABLE_WORDS * 128);
+          build_tables(from + t * x_pitch + (word + part) * 32, some * 32, tables + t * TABLE_WORDS * 128);
       int64_t block = first;
       if (T > 1)
         for (; block + 2 <= last; block += 2) rows<2>(signs, count, word, part, some, block, plane);
@@ -356,6 +384,63 @@ struct Tile {
     }
   }
 
+  // A template, for only a set that looks up has the functions.
+  template <class Set>
+  void look_up(const uint32_t *signs, int plane) {
+    for (int64_t word = 0; word < words; word += LOOKUP_WORDS) {
+      const int64_t some = least(LOOKUP_WORDS, words - word), pieces = (some + 1) / 2;
+      for (int t = 0; t < T; t++)
+        Set::lookup_tables(q + t * pitch + word * 32, pieces, reinterpret_cast<uint8_t *>(tables + t * TABLE_FLOATS),
+                           sizes + t * (LOOKUP_PIECES + 1));
+      const int64_t chunk = word / CHUNK * CHUNK, count = least(CHUNK, words - chunk);
+      const uint32_t *w0 = signs + chunk * blocks * 16 + (word - chunk) * 16;
+      int64_t block = first;
+      for (; block + 12 < last; block += 16) look_up_rows<Set, 4>(w0, count * 16, word, some, block, plane);
+      for (; block < last; block += 4) look_up_rows<Set, 1>(w0, count * 16, word, some, block, plane);
+    }
+  }
+
+  // 4·R blocks of rows, the last of which need not be there.
+  template <class Set, int R>
+  void look_up_rows(const uint32_t *w0, int64_t stride, int64_t word, int64_t some, int64_t block, int plane) {
+    const int64_t there = least(4 * R, last - block), pieces = (some + 1) / 2;
+    for (int r = 0; r < R; r++)
+      Set::lookup_indices(w0 + (block + 4 * r) * stride, stride, there - 4 * r, some, indices + r * 64, R * 64);
+    const int64_t group_pieces = w.groups == 1 ? (words + 1) / 2 : width / 64;
+    const int64_t first_group = word / 2 / group_pieces;
+    vf scales[LOOKUP_PIECES][4 * R];
+    if (w.groups > 1)
+      for (int64_t g = first_group; g * group_pieces < word / 2 + pieces; g++)
+        for (int64_t b = 0; b < 4 * R; b++)
+          scales[g - first_group][b] = b < there ? scale_of(plane, block + b, g) : vf{};
+    // What comes next is fetched meanwhile: a token's results, and the words of the next rows.
+    const uint32_t *const next = w0 + (block + 4 * R) * stride;
+    const int64_t next_blocks = least(4 * R, last - block - 4 * R);
+    for (int t = 0; t < T; t++) {
+      for (int64_t b = 0; b < there; b++) {
+        __builtin_prefetch(y_plane + cell(block + b, t + 1), 1);
+        if (b < next_blocks && t < some) __builtin_prefetch(next + b * stride + t * 16);
+      }
+      const uint8_t *const table = reinterpret_cast<const uint8_t *>(tables + t * TABLE_FLOATS);
+      const int32_t *const size = sizes + t * (LOOKUP_PIECES + 1);
+      int64_t group = first_group;
+      for (int64_t begin = 0; begin < pieces; group++) {
+        const int64_t end = least(pieces, (group + 1) * group_pieces - word / 2);
+        vf acc[R][4];
+        Set::template lookup<R>(table + begin * LOOKUPS * 128, indices + begin * LOOKUPS * R * 64, end - begin,
+                                size[end] - size[begin], acc);
+        float *to = y_plane + cell(block, t);
+        const vf *scale = scales[group - first_group];
+#pragma GCC unroll 16
+        for (int b = 0; b < 4 * R; b++, to += 16) {
+          const vf &sum = acc[b / 4][b % 4];
+          vstore(to, vload<vf>(to) + (w.groups == 1 ? sum : sum * scale[b])); // integers below 2²⁴ with one group
+        }
+        begin = end;
+      }
+    }
+  }
+
   static vf as_floats(const vf &v) { return v; }
   static vf as_floats(const vi &v) { return __builtin_convertvector(v, vf); }
 
@@ -365,8 +450,10 @@ struct Tile {
       const vf scale = w.groups == 1 ? scale_of(plane, block, 0) : splat(1);
       for (int t = 0; t < T; t++) {
         const int64_t at = cell(block, t);
-        const vf sums = w.groups == 1 ? as_floats(vload<vi>(y_integers + at)) : vload<vf>(y_plane + at);
-        vstore(y + at, vload<vf>(y + at) + sums * (scale * step[t]));
+        const bool integers = w.groups == 1 && !LOOKUP;
+        const vf sums = integers ? as_floats(vload<vi>(y_integers + at)) : vload<vf>(y_plane + at);
+        const vf share = sums * (scale * step[t]);
+        vstore(y + at, plane == 0 ? share : vload<vf>(y + at) + share);
       }
     }
   }
@@ -402,7 +489,7 @@ struct Tile {
     if (w.in_shift != nullptr) {
       for (int t = 0; t < T; t++)
         for (int64_t k = 0; k < w.columns; k++)
-          u[t * padded + k] = x[t * padded + k] * load(w.in_shift, k, w.float_type);
+          u[t * x_pitch + k] = x[t * x_pitch + k] * load(w.in_shift, k, w.float_type);
       gather(u, false, values);
       salient_rows(columns, codes, values, false, 0, 0, false, true);
     }
@@ -412,8 +499,8 @@ struct Tile {
   void gather(const float *from, bool integers, float *values) const {
     for (int t = 0; t < T; t++)
       for (int64_t k = 0; k < w.columns; k++) {
-        const int64_t byte = k / 32 * 32 + k % 8 * 4 + k / 8 % 4;
-        values[k * T + t] = integers ? static_cast<float>(q[t * pitch + byte]) : from[t * padded + k];
+        const int64_t byte = LOOKUP ? k : k / 32 * 32 + k % 8 * 4 + k / 8 % 4;
+        values[k * T + t] = integers ? static_cast<float>(q[t * pitch + byte]) : from[t * x_pitch + k];
       }
   }
 
@@ -537,19 +624,22 @@ struct Tile {
   }
 };
 
-template <int T, bool INT8>
+template <int T, bool INT8, bool LOOKUP = false>
 int tiles(const signbit_matrix &w, const signbit_call &call, const Input &input, const Part &part, int64_t token) {
-  Tile<T, INT8> tile(w, call, input, part);
+  Tile<T, INT8, LOOKUP> tile(w, call, input, part);
   for (; token + T <= part.last_token; token += T)
     if (!tile.run(token)) return SIGNBIT_NO_MEMORY;
-  constexpr int NEXT = T > 8 ? 8 : T / 2;
-  if constexpr (NEXT > 0) return tiles<NEXT, INT8>(w, call, input, part, token);
+  constexpr int NEXT = T > 8 && T < 16 ? 8 : T / 2;
+  if constexpr (NEXT > 0) return tiles<NEXT, INT8, LOOKUP && NEXT >= LEAST_LOOKUP_TOKENS>(w, call, input, part, token);
   return SIGNBIT_OK;
 }
 
 int linear(const signbit_matrix &w, const signbit_call &call, const Input &input, const Part &part) {
-  if (call.activations == SIGNBIT_INT8) return tiles<Isa::INT8_TOKENS, true>(w, call, input, part, part.first_token);
-  return tiles<Isa::EXACT_TOKENS, false>(w, call, input, part, part.first_token);
+  if (call.activations != SIGNBIT_INT8) return tiles<Isa::EXACT_TOKENS, false>(w, call, input, part, part.first_token);
+  if constexpr (Isa::LOOKUP_TOKENS > 0)
+    if (w.groups == 1 || w.columns / w.groups % 64 == 0)
+      return tiles<Isa::LOOKUP_TOKENS, true, true>(w, call, input, part, part.first_token);
+  return tiles<Isa::INT8_TOKENS, true>(w, call, input, part, part.first_token);
 }
 
 // Rows of an int8 matrix that stay in the second-level cache while all tokens pass.
@@ -615,16 +705,15 @@ int int8_linear(const signbit_int8_matrix &w, const signbit_call &call, const In
   const int64_t wide = least(panel, part.last_row - part.first_row);
   void *piece = scratch(static_cast<size_t>(
       Memory::bytes<float>(tokens * padded) + Memory::bytes<int8_t>(tokens * padded) + Memory::bytes<float>(tokens) +
-      Memory::bytes<float>(tokens * wide) + Memory::bytes<int32_t>(padded / 32 + 1)));
+      Memory::bytes<float>(tokens * wide)));
   if (piece == nullptr) return SIGNBIT_NO_MEMORY;
   Memory memory{static_cast<char *>(piece)};
   float *x = memory.take<float>(tokens * padded);
   int8_t *q = memory.take<int8_t>(tokens * padded);
   float *step = memory.take<float>(tokens), *y = memory.take<float>(tokens * wide);
-  int32_t *sums = memory.take<int32_t>(padded / 32 + 1);
   for (int64_t t = 0; t < tokens; t++) {
     read_token(call, input.x, (part.first_token + t) * input.stride, w.columns, padded, x + t * padded);
-    step[t] = integers ? quantize_token<false>(x + t * padded, padded, q + t * padded, sums) : 1;
+    step[t] = integers ? quantize_token<false>(x + t * padded, padded, q + t * padded, nullptr) : 1;
   }
   for (int64_t first = part.first_row; first < part.last_row; first += wide) {
     const int64_t last = least(first + wide, part.last_row), count = last - first;

@@ -12,6 +12,9 @@ namespace {
 
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
+typedef int32_t vi8 __attribute__((vector_size(32)));
+typedef int32_t vi4 __attribute__((vector_size(16)));
+typedef float vf8 __attribute__((vector_size(32)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef int8_t vb __attribute__((vector_size(16)));
@@ -31,11 +34,28 @@ template <class V, class S>
 
 [[maybe_unused]] inline vf splat(float value) { return vf{} + value; }
 
-template <class V>
-[[maybe_unused]] inline auto total(const V &v) {
-  auto sum = v[0];
+[[maybe_unused]] inline float total(const vf &v) {
+  float sum = v[0];
   for (int i = 1; i < 16; i++) sum += v[i];
   return sum;
+}
+
+// By halves: integers, and the largest of floats, do not depend on the order.
+[[maybe_unused]] inline int32_t total(const vi &v) {
+  const vi8 low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const vi8 a = low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const vi4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  const vi4 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1);
+  return c[0] + c[1];
+}
+
+[[maybe_unused]] inline float largest(const vf &v) {
+  const vf8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const vf8 b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const vf8 c = a > b ? a : b, d = __builtin_shufflevector(c, c, 4, 5, 6, 7, 0, 1, 2, 3), e = c > d ? c : d;
+  float most = e[0];
+  for (int i = 1; i < 4; i++) most = e[i] > most ? e[i] : most;
+  return most;
 }
 
 } // namespace
