@@ -3,9 +3,8 @@
 // No header is included, so that nothing but a driver and NVRTC (which torch brings) is needed. The macros that choose a
 // variant are set by cuda.py:
 //   MODE      0 int8, one token, no groups: the eight bit planes of its codes are the columns of a one-bit product
-//             1 int8; 2 exact, float16; 3 exact, bfloat16: signs as ±1 in halves, up to 8·COLUMNS tokens. Codes are
-//               whole numbers that a float16 holds, and their float32 sums are exact as long as they stay below 2²⁴
-//               (the matrix units are several times slower at int8 than at float16 on an H100)
+//             1 int8, signs as ±1 in bytes; 2 exact, float16; 3 exact, bfloat16, signs as ±1 in halves: up to
+//               8·COLUMNS tokens
 //   COLUMNS   blocks of eight tokens: 1 or 2
 //   ONE       1 for one token
 //   SCALES    float type of scales and shifts;  SHARED_SCALES 1 if those of a block's rows lie in shared memory
@@ -149,7 +148,19 @@ __device__ __forceinline__ void multiply_halves(float (&acc)[4], const u32 (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-#if MODE == 0
+__device__ __forceinline__ void multiply_bytes(int (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// What the matrix units add up, and what a warp adds up of a row tile: with several scales the products with them.
+#if INT8
+typedef int Product;
+#else
+typedef float Product;
+#endif
+#if INT8 && !GROUPED
 typedef int Sum;
 #else
 typedef float Sum;
@@ -158,8 +169,9 @@ typedef float Sum;
 // Where everything lies in shared memory.
 struct Shared {
   uint4 *ring;    // [WARPS][STAGES][32]
-  u8 *activations; // [T][pitch] halves; MODE 0: [column tile][32 lanes][2] words of bit planes
-  u8 *codes;       // MODE 0: [column tile][256]; of both a column tile takes PADDED bytes
+  u8 *activations; // [T][pitch] bytes or halves; MODE 0: the warp's own, [its column tiles][32 lanes][2] words of bit planes
+  u8 *bytes;       // MODE 0: the warp's own, [256] codes of a column tile
+  u8 *codes;       // MODE 0 with other terms: [column tile][256] codes
   Sum *partial; // [tiles at a time][slots][16][T or 8·COLUMNS]
   Sum *sums;    // [tiles][16][T]: of one plane
   float *result;    // [tiles][16][T]
@@ -170,14 +182,13 @@ struct Shared {
 };
 
 #define WIDE (ONE ? 1 : TOKENS)
-#define PADDED 288 // so that the same place of eight neighbouring column tiles lies in different banks
 
 // How a block shares out its work. It has the row tiles [first, first + tiles); `slots` warps side by side take the column
 // tiles of one, this warp those from `slot` on, of the row tiles warp_tile, warp_tile + warp_stride …
 struct Plan {
   int row_tiles, column_tiles, first, tiles;
   int slots, slot, warp_tile, warp_stride;
-  int chunks, chunk_tiles; // of prepared columns
+  int planes, chunks, chunk_tiles; // of prepared columns
   int pitch;               // bytes from one token's prepared activations to the next's
 };
 
@@ -229,6 +240,10 @@ struct Batch {
       if (k < a.columns) v[i] = fresh128((const u16 *)a.x + (long long)token * a.columns + k);
     }
 #endif
+  }
+  __device__ __forceinline__ void advance() {
+#pragma unroll
+    for (int i = 1; i < BATCH; i++) v[i - 1] = v[i];
   }
   __device__ __forceinline__ void widen(const Arguments &a, int token, int i, int k, int plane, float (&f)[8]) {
 #if VECTORS
@@ -287,7 +302,12 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
                                         bool first) {
   [[maybe_unused]] const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
+#if MODE == 0
+  // A warp prepares the very column tiles that it will multiply, and waits for no other but to know the largest.
+  const Share share = {plan.slots, 0, plan.slot, true};
+#else
   const Share share = share_of(a);
+#endif
   const int stride = share.warps * 256, from = (share.part * 32 + lane) * 8;
   Batch batch;
   bool kept = false; // the batch that was read last is the only one
@@ -322,33 +342,57 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
   const float reciprocal = __frcp_rn(largest);
 #endif
 #if MODE == 0
-  int total = 0;
+  int total = 0, done = 0;
 #endif
   if (share.mine)
     for (int k0 = begin + from; k0 < end; k0 += stride * BATCH) {
       if (!kept) batch.read(a, share.token, k0, stride);
+#if ONE
+#pragma unroll 1 // one copy of the instructions
+#else
 #pragma unroll
+#endif
       for (int i = 0; i < BATCH; i++) {
         const int k = k0 + i * stride;
         if (k >= end) break;
         float f[8];
-        batch.widen(a, share.token, i, k, plane, f);
+        batch.widen(a, share.token, ONE ? 0 : i, k, plane, f);
+        if (ONE) batch.advance();
 #if INT8
         quantize8(f, largest, reciprocal);
 #endif
 #if MODE == 0
-        // Columns k … k + 3 and k + 4 … k + 7: two neighbours t of the same h.
-        const int at = (k % 256) / 32 * 32 + (k % 16) * 2 + (k / 16 % 2) * 4;
+        // Columns k … k + 3 and k + 4 … k + 7: two neighbours t of the same h. Words of bytes [t][h][p].
         const u32 low = lowest_bytes(f[0], f[1], f[2], f[3]), high = lowest_bytes(f[4], f[5], f[6], f[7]);
         total = __dp4a((int)low, 0x01010101, __dp4a((int)high, 0x01010101, total));
-        u8 *to = s.codes + k / 256 * PADDED + at;
-        *(u32 *)to = low;
-        *(u32 *)(to + 8) = high;
-#else
-#if INT8
-#pragma unroll
-        for (int j = 0; j < 8; j++) f[j] -= MAGIC;
+        u32 *to = (u32 *)s.bytes + lane % 2 * 32 + lane / 2 % 2 * 8 + lane / 4;
+        to[0] = low;
+        to[16] = high;
+#if TERMS
+        if (warp < plan.slots) *(uint2 *)(s.codes + (k - begin)) = make_uint2(low, high);
 #endif
+        __syncwarp();
+        // Of the bytes of a place (t, h) this lane collects bit g: its bit plane's word.
+        u32 planes[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const uint4 *words = (const uint4 *)(s.bytes + lane % 4 * 64 + h * 32);
+          const uint4 first = words[0], second = words[1];
+          const u32 v[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+          u32 plane = 0;
+#pragma unroll
+          for (int p = 7; p >= 0; p--) plane = plane * 2 + (v[p] >> lane / 4 & 0x01010101);
+          planes[h] = plane;
+        }
+        *(uint2 *)(s.activations + done * 256 + lane * 8) = make_uint2(planes[0], planes[1]);
+        done++;
+        __syncwarp();
+#elif MODE == 1
+        // Of 64 columns a lane's four words lie together: both h of a product, of two products.
+        u32 *to = (u32 *)(s.activations + share.token * plan.pitch + (k - begin) / 64 * 64) + k % 16 + k / 32 % 2 * 2 + k / 16 % 2;
+        to[0] = lowest_bytes(f[0], f[1], f[2], f[3]);
+        to[4] = lowest_bytes(f[4], f[5], f[6], f[7]);
+#else
         // Bits j and j + 16 of a word meet in one register: columns b and b + 2; and the two h of a product side by side.
         u32 *to = (u32 *)(s.activations + share.token * plan.pitch + (k - begin) / 32 * 64) + k % 16 + k / 16 % 2;
         to[0] = halves(f[0], f[2]);
@@ -360,37 +404,20 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
     }
 #if MODE == 0
   total = __reduce_add_sync(~0u, total);
-  if (lane == 0) s.row[WARPS + warp] = __int_as_float(total);
-  __syncthreads();
-  // Eight words of bytes become eight bit planes: each three swaps of halves of ever smaller squares of bits.
-  for (int unit = threadIdx.x; unit < plan.column_tiles * 8; unit += THREADS) {
-    const int tile = unit / 8, place = unit % 8; // 2t + h
-    u32 v[8];
-#pragma unroll
-    for (int p = 0; p < 8; p++) v[p] = *(u32 *)(s.codes + tile * PADDED + p * 32 + place * 4);
-#pragma unroll
-    for (int step = 4; step > 0; step /= 2) {
-      const u32 mask = step == 4 ? 0x0f0f0f0f : step == 2 ? 0x33333333 : 0x55555555;
-#pragma unroll
-      for (int p = 0; p < 8; p++)
-        if ((p & step) == 0) {
-          const u32 low = v[p], high = v[p + step];
-          v[p] = (low & mask) | (high & mask) << step;
-          v[p + step] = (low >> step & mask) | (high & ~mask);
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < 8; n++) *(u32 *)(s.activations + tile * PADDED + n * 32 + place * 4) = v[n];
-  }
+  if (lane == 0) s.row[WARPS + warp] = __int_as_float(warp < plan.slots ? total : 0);
 #endif
+#if MODE > 0 || TERMS
   __syncthreads();
+#endif
 }
 
 // A prepared activation of a token; `k` counts from the chunk's first column.
 __device__ __forceinline__ float activation(const Plan &plan, const Shared &s, int token, int k) {
 #if MODE == 0
-  const int at = (k % 256) / 32 * 32 + (k / 4 % 4) * 8 + (k / 16 % 2) * 4;
-  return ((const signed char *)s.codes)[k / 256 * PADDED + at + k % 4];
+  return ((const signed char *)s.codes)[k];
+#elif MODE == 1
+  const int at = k / 64 * 64 + k / 4 % 4 * 16 + k / 32 % 2 * 8 + k / 16 % 2 * 4 + k % 4;
+  return ((const signed char *)(s.activations + token * plan.pitch))[at];
 #else
   const int at = k / 32 * 32 + (k / 4 % 4) * 8 + (k % 2) * 4 + (k / 16 % 2) * 2 + k / 2 % 2;
   return widen(((const u16 *)(s.activations + token * plan.pitch))[at], MODE == 3 ? BFLOAT16 : FLOAT16);
@@ -508,14 +535,14 @@ __device__ __forceinline__ void units(const Arguments &a, const Plan &plan, cons
                                       Sum (&partial)[AT_ONCE][COLUMNS][4]) {
   const int lane = threadIdx.x % 32;
 #if MODE == 0
-  const uint2 b = *(const uint2 *)(s.activations + in_chunk * PADDED + lane * 8);
+  const uint2 b = *(const uint2 *)(s.activations + in_chunk * 256 + lane * 8);
 #pragma unroll
   for (int u = 0; u < AT_ONCE; u++) multiply_bits(partial[u][0], w[u], b.x, b.y);
 #else
   const int g = lane / 4, t = lane % 4;
-  const u32 ones = (MODE == 3 ? 0x3f803f80 : 0x3c003c00) | (u32)a.rows >> 31; // 0 there, but no constant
+  [[maybe_unused]] const u32 ones = (MODE == 3 ? 0x3f803f80 : 0x3c003c00) | (u32)a.rows >> 31; // 0 there, but no constant
 #if GROUPED
-  Sum acc[AT_ONCE][COLUMNS][4];
+  Product acc[AT_ONCE][COLUMNS][4];
 #pragma unroll
   for (int u = 0; u < AT_ONCE; u++)
 #pragma unroll
@@ -525,15 +552,31 @@ __device__ __forceinline__ void units(const Arguments &a, const Plan &plan, cons
 #else
   Sum(&acc)[AT_ONCE][COLUMNS][4] = partial;
 #endif
+  uint4 b[COLUMNS];
 #pragma unroll
-  for (int p = 0; p < 8; p++) {
-    uint4 b[COLUMNS];
+  for (int p = 0; p < 8; p++) { // 32 columns
+#if MODE == 1
+    if (p % 2 == 0)
+#endif
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
       // Columns beyond the last token repeat it: nobody looks at them, and no lane goes another way.
       const int token = ONE ? 0 : min(n * 8 + g, a.tokens - 1);
-      b[n] = *(const uint4 *)(s.activations + token * plan.pitch + in_chunk * 512 + p * 64 + t * 16);
+      const u8 *from = s.activations + token * plan.pitch + t * 16;
+      b[n] = *(const uint4 *)(from + (MODE == 1 ? in_chunk * 256 + p * 32 : in_chunk * 512 + p * 64));
     }
+#if MODE == 1
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      const u32 words[4] = {w[u].x, w[u].y, w[u].z, w[u].w};
+      u32 signs[4]; // 1 or, where the bit is set, 255
+#pragma unroll
+      for (int i = 0; i < 4; i++) signs[i] = (words[i] >> p & 0x01010101) * 254 + 0x01010101;
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++)
+        multiply_bytes(acc[u][n], signs, p % 2 ? b[n].z : b[n].x, p % 2 ? b[n].w : b[n].y);
+    }
+#else
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -547,6 +590,7 @@ __device__ __forceinline__ void units(const Arguments &a, const Plan &plan, cons
         for (int n = 0; n < COLUMNS; n++)
           multiply_halves(acc[u][n], signs, half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
       }
+#endif
 #if GROUPED
     const int done = column_tile * 256 + (p + 1) * 32;
     if (done % a.width == 0 || p == 7) {
@@ -560,7 +604,7 @@ __device__ __forceinline__ void units(const Arguments &a, const Plan &plan, cons
         for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            partial[u][n][i] += acc[u][n][i] * (i < 2 ? low : high);
+            partial[u][n][i] += float(acc[u][n][i]) * (i < 2 ? low : high);
             acc[u][n][i] = 0;
           }
       }
@@ -579,8 +623,8 @@ struct Walk {
     tile = p.warp_tile;
     column = p.slot;
   }
-  __device__ __forceinline__ bool settle(const Arguments &a, const Plan &p) {
-    while (plane < a.planes) {
+  __device__ __forceinline__ bool settle(const Plan &p) {
+    while (plane < p.planes) {
       if (column < min((chunk + 1) * p.chunk_tiles, p.column_tiles) && tile < p.tiles) return true;
       if (tile < p.tiles) tile += p.warp_stride * AT_ONCE;
       if (tile >= p.tiles) {
@@ -593,7 +637,7 @@ struct Walk {
     return false;
   }
   __device__ __forceinline__ void fetch(const Arguments &a, const Plan &p, uint4 *to) {
-    if (settle(a, p)) {
+    if (settle(p)) {
       const long long at = (long long)(a.sign_planes == 1 ? 0 : plane) * p.row_tiles + p.first + tile;
 #pragma unroll
       for (int u = 0; u < AT_ONCE; u++)
@@ -623,7 +667,7 @@ __device__ __forceinline__ float contribution(const Arguments &a, const Plan &pl
 #if MODE == 0
   return float(total - 2 * sum) * scale;
 #else
-  return sum * scale;
+  return float(sum) * scale;
 #endif
 #endif
 }
@@ -742,14 +786,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
   plan.column_tiles = (a.columns + 255) / 256;
   plan.first = (int)((long long)plan.row_tiles * blockIdx.x / gridDim.x);
   plan.tiles = (int)((long long)plan.row_tiles * (blockIdx.x + 1) / gridDim.x) - plan.first;
-  plan.chunk_tiles = a.chunk / 256;
-  plan.chunks = (plan.column_tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
+  // Of a simple product the compiler is to know that nothing is repeated: a third of the registers and instructions.
+  plan.planes = SIMPLE ? 1 : a.planes;
+  plan.chunk_tiles = SIMPLE ? plan.column_tiles : a.chunk / 256;
+  plan.chunks = SIMPLE ? 1 : (plan.column_tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
   plan.slots = 1;
   while (plan.slots < WARPS && plan.slots < plan.chunk_tiles && plan.slots < plan.column_tiles) plan.slots *= 2;
   plan.slot = warp % plan.slots;
   plan.warp_tile = warp / plan.slots; // the warp's first row tile
   plan.warp_stride = WARPS / plan.slots;
-  plan.pitch = a.chunk * 2 + 64;
+  plan.pitch = a.chunk * (INT8 ? 1 : 2) + 64;
 
   // Row tiles of a warp whose partial sums lie in shared memory at a time.
   const int turns = min(TURNS, (plan.tiles + plan.warp_stride - 1) / plan.warp_stride);
@@ -762,8 +808,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
     return piece;
   };
   s.ring = (uint4 *)take(WARPS * STAGES * 512) + warp * STAGES * 32 + lane;
-  s.activations = take(MODE == 0 ? plan.column_tiles * PADDED : a.tokens * plan.pitch);
-  s.codes = take(MODE == 0 ? plan.column_tiles * PADDED : 0);
+#if MODE == 0
+  const int own_bytes = (plan.chunk_tiles + plan.slots - 1) / plan.slots * 256;
+  s.activations = take(WARPS * own_bytes) + warp * own_bytes;
+  s.bytes = take(WARPS * 256) + warp * 256;
+  s.codes = take(TERMS ? a.chunk : 0);
+#else
+  s.activations = take(a.tokens * plan.pitch);
+#endif
   s.partial = (Sum *)take(turns * WARPS * 16 * WIDE * 4);
   s.sums = (Sum *)take(SIMPLE ? 0 : plan.tiles * 16 * WIDE * 4);
   s.result = (float *)take(SIMPLE ? 0 : plan.tiles * 16 * WIDE * 4);
@@ -817,13 +869,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
 #endif
 
   int stage = 0;
-  for (int plane = first_plane; plane < a.planes; plane++) {
+  for (int plane = first_plane; plane < plan.planes; plane++) {
 #if !SIMPLE
     for (int i = threadIdx.x; i < plan.tiles * 16 * WIDE; i += THREADS) s.sums[i] = 0;
 #endif
     for (int chunk = 0; chunk < plan.chunks; chunk++) {
       const int begin = chunk * a.chunk, end = min(begin + a.chunk, plan.column_tiles * 256);
-      if (plane <= first_plane || plan.chunks > 1 || (a.in_scale != 0 && plane < a.in_scale_planes))
+      if (SIMPLE || plane <= first_plane || plan.chunks > 1 || (a.in_scale != 0 && plane < a.in_scale_planes))
         prepare(a, plan, s, plane, begin, end, chunk == 0);
 #if TERMS
       if (plane == first_plane && a.shift != 0)
@@ -841,11 +893,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
         continue;
       }
 #endif
-#if MODE == 0
-      const int total = __reduce_add_sync(~0u, lane < WARPS ? __float_as_int(s.row[WARPS + lane]) : 0);
-#else
-      const int total = 0;
-#endif
       for (int tile0 = 0; tile0 < plan.tiles; tile0 += TURNS * plan.warp_stride) {
         const int tiles = min(TURNS * plan.warp_stride, plan.tiles - tile0);
         for (int tile = tile0 + plan.warp_tile; tile < tile0 + tiles; tile += plan.warp_stride * AT_ONCE) {
@@ -856,6 +903,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
             for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
               for (int i = 0; i < 4; i++) partial[u][n][i] = 0;
+          [[maybe_unused]] int own = 0; // of the warp's column tiles
           for (int column = begin / 256 + plan.slot; column * 256 < end; column += plan.slots) {
             await_oldest_copies();
             uint4 w[AT_ONCE];
@@ -863,7 +911,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
             for (int u = 0; u < AT_ONCE; u++) w[u] = s.ring[(stage + u) * 32];
             ahead.fetch(a, plan, s.ring + stage * 32);
             stage = stage + AT_ONCE == STAGES ? 0 : stage + AT_ONCE;
-            units(a, plan, s, w, plane, tile, column, column - begin / 256, partial);
+            units(a, plan, s, w, plane, tile, column, MODE == 0 ? own++ : column - begin / 256, partial);
           }
           const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -891,6 +939,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
           }
         }
         __syncthreads();
+#if MODE == 0
+        const int total = __reduce_add_sync(~0u, lane < WARPS ? __float_as_int(s.row[WARPS + lane]) : 0);
+#else
+        const int total = 0;
+#endif
         for (int i = threadIdx.x; i < tiles * 16 * WIDE; i += THREADS) {
           if (i % WIDE >= a.tokens) continue;
           Sum sum = 0;

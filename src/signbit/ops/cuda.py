@@ -33,7 +33,6 @@ DENSE_FROM = 33
 _SOURCE = Path(__file__).with_name("binary_linear.cu")
 _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
 _SCALE_BYTES = 48 * 1024
-_PADDED = 288  # bytes that a column tile takes where its columns lie as bytes
 #: Beyond this many columns the float32 sums of int8's codes would not be exact.
 MAX_COLUMNS = 131072
 _SIGNS = -1  # of `unpack`: int8 signs instead of values
@@ -214,14 +213,16 @@ class Multiplication:
     def _shared_bytes(self, mode: int, tokens: int, stages: int, chunk: int, tiles: int, simple: bool) -> int:
         """What `linear` takes of shared memory, in the order in which it takes it."""
         wide = 1 if tokens == 1 else 16 if tokens > 8 else 8
-        column_tiles, slots = -(-self._columns // _TILE), 1
+        slots = 1
         while slots < min(_WARPS, chunk // _TILE):
             slots *= 2
         turns = min({1: 16, 8: 4, 16: 2}[wide], -(-tiles // (_WARPS // slots)))
-        activations = column_tiles * _PADDED if mode == 0 else tokens * (chunk * 2 + 64)
+        own = -(-chunk // _TILE // slots) * _TILE  # bytes of bit planes that a warp makes for itself
+        activations = _WARPS * own if mode == 0 else tokens * (chunk * (1 if mode == 1 else 2) + 64)
         results = 0 if simple else tiles * 16 * wide * 4
         pieces = (
-            _WARPS * stages * 512, activations, column_tiles * _PADDED if mode == 0 else 0,
+            _WARPS * stages * 512, activations, _WARPS * _TILE if mode == 0 else 0,
+            chunk if mode == 0 and self._terms else 0,
             turns * _WARPS * 16 * wide * 4, results, results, self._scale_bytes(tiles),
             tokens * self._groups * 4 if self.w.shift is not None else 0, 64, 64, 3 * _WARPS * 4,
         )  # fmt: skip
