@@ -10,7 +10,7 @@ namespace signbit {
 namespace {
 
 struct Isa {
-  static constexpr int EXACT_TOKENS = 8, INT8_TOKENS = 12, LOOKUP_TOKENS = 64, HEAD_ROWS = 4, HEAD_TOKENS = 4;
+  static constexpr int EXACT_TOKENS = 8, INT8_TOKENS = 12, LOOKUP_TOKENS = 32, HEAD_ROWS = 4, HEAD_TOKENS = 4;
 
   static vf half(const uint16_t *from) {
     return vf(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))));
