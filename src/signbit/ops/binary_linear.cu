@@ -3,7 +3,7 @@
 // No header is included, so that nothing but a driver and NVRTC (which torch brings) is needed. The macros that choose a
 // variant are set by cuda.py:
 //   MODE      0 int8, one token, no groups: the eight bit planes of its codes are the columns of a one-bit product
-//             1 int8, signs as ±1 in bytes; 2 exact, float16; 3 exact, bfloat16, signs as ±1 in halves: up to
+//             1 int8, signs as ±64 in bytes; 2 exact, float16; 3 exact, bfloat16, signs as ±1 in halves: up to
 //               8·COLUMNS tokens
 //   COLUMNS   blocks of eight tokens: 1 or 2
 //   ONE       1 for one token
@@ -388,10 +388,10 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
         done++;
         __syncwarp();
 #elif MODE == 1
-        // Of 64 columns a lane's four words lie together: both h of a product, of two products.
-        u32 *to = (u32 *)(s.activations + share.token * plan.pitch + (k - begin) / 64 * 64) + k % 16 + k / 32 % 2 * 2 + k / 16 % 2;
+        // Both h of a product side by side.
+        u32 *to = (u32 *)(s.activations + share.token * plan.pitch + (k - begin) / 32 * 32) + k / 4 % 4 * 2 + k / 16 % 2;
         to[0] = lowest_bytes(f[0], f[1], f[2], f[3]);
-        to[4] = lowest_bytes(f[4], f[5], f[6], f[7]);
+        to[2] = lowest_bytes(f[4], f[5], f[6], f[7]);
 #else
         // Bits j and j + 16 of a word meet in one register: columns b and b + 2; and the two h of a product side by side.
         u32 *to = (u32 *)(s.activations + share.token * plan.pitch + (k - begin) / 32 * 64) + k % 16 + k / 16 % 2;
@@ -416,7 +416,7 @@ __device__ __forceinline__ float activation(const Plan &plan, const Shared &s, i
 #if MODE == 0
   return ((const signed char *)s.codes)[k];
 #elif MODE == 1
-  const int at = k / 64 * 64 + k / 4 % 4 * 16 + k / 32 % 2 * 8 + k / 16 % 2 * 4 + k % 4;
+  const int at = k / 32 * 32 + k / 4 % 4 * 8 + k / 16 % 2 * 4 + k % 4;
   return ((const signed char *)(s.activations + token * plan.pitch))[at];
 #else
   const int at = k / 32 * 32 + (k / 4 % 4) * 8 + (k % 2) * 4 + (k / 16 % 2) * 2 + k / 2 % 2;
@@ -520,12 +520,13 @@ __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &
 }
 #endif
 
-// The highest bits of both halves as the signs of two ones: one instruction, if `ones` is in a register (it takes only one
-// constant, and the compiler would make two instructions of two constants).
+// The highest bits of both halves as the signs of two ones, or those of four bytes as the signs of four 64s: one
+// instruction, if `ones` is in a register (it takes only one constant, and the compiler would make two instructions of two
+// constants).
 __device__ __forceinline__ u32 signed_ones(u32 word, u32 ones) {
-  u32 both;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(both) : "r"(word), "r"(0x80008000), "r"(ones)); // (word & mask) ^ ones
-  return both;
+  u32 all;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(all) : "r"(word), "r"(MODE == 1 ? 0x80808080 : 0x80008000), "r"(ones));
+  return all; // (word & mask) ^ ones
 }
 
 // AT_ONCE tiles of 16 rows and 256 columns each, so that no product waits for the one before it. The last row tiles may
@@ -540,7 +541,7 @@ __device__ __forceinline__ void units(const Arguments &a, const Plan &plan, cons
   for (int u = 0; u < AT_ONCE; u++) multiply_bits(partial[u][0], w[u], b.x, b.y);
 #else
   const int g = lane / 4, t = lane % 4;
-  [[maybe_unused]] const u32 ones = (MODE == 3 ? 0x3f803f80 : 0x3c003c00) | (u32)a.rows >> 31; // 0 there, but no constant
+  const u32 ones = (MODE == 1 ? 0x40404040 : MODE == 2 ? 0x3c003c00 : 0x3f803f80) | (u32)a.rows >> 31; // 0 there, but no constant
 #if GROUPED
   Product acc[AT_ONCE][COLUMNS][4];
 #pragma unroll
@@ -552,54 +553,64 @@ __device__ __forceinline__ void units(const Arguments &a, const Plan &plan, cons
 #else
   Sum(&acc)[AT_ONCE][COLUMNS][4] = partial;
 #endif
-  uint4 b[COLUMNS];
+  u32 words[AT_ONCE][4];
 #pragma unroll
-  for (int p = 0; p < 8; p++) { // 32 columns
-#if MODE == 1
-    if (p % 2 == 0)
-#endif
+  for (int u = 0; u < AT_ONCE; u++) words[u][0] = w[u].x, words[u][1] = w[u].y, words[u][2] = w[u].z, words[u][3] = w[u].w;
+  const u8 *from[COLUMNS];
 #pragma unroll
-    for (int n = 0; n < COLUMNS; n++) {
-      // Columns beyond the last token repeat it: nobody looks at them, and no lane goes another way.
-      const int token = ONE ? 0 : min(n * 8 + g, a.tokens - 1);
-      const u8 *from = s.activations + token * plan.pitch + t * 16;
-      b[n] = *(const uint4 *)(from + (MODE == 1 ? in_chunk * 256 + p * 32 : in_chunk * 512 + p * 64));
-    }
+  for (int n = 0; n < COLUMNS; n++) {
+    // Columns beyond the last token repeat it: nobody looks at them, and no lane goes another way.
+    const int token = ONE ? 0 : min(n * 8 + g, a.tokens - 1);
+    from[n] = s.activations + token * plan.pitch + (INT8 ? in_chunk * 256 + t * 8 : in_chunk * 512 + t * 16);
+  }
+  // 32 columns at a time, those of bit p of the bytes: the bits come up from below.
+#pragma unroll
+  for (int p = 7; p >= 0; p--) {
 #if MODE == 1
+    uint2 b[COLUMNS];
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) b[n] = *(const uint2 *)(from[n] + p * 32);
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      const u32 words[4] = {w[u].x, w[u].y, w[u].z, w[u].w};
-      u32 signs[4]; // 1 or, where the bit is set, 255
+      u32 signs[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) signs[i] = (words[i] >> p & 0x01010101) * 254 + 0x01010101;
+      for (int i = 0; i < 4; i++) {
+        signs[i] = signed_ones(words[u][i], ones);
+        words[u][i] <<= 1;
+      }
 #pragma unroll
-      for (int n = 0; n < COLUMNS; n++)
-        multiply_bytes(acc[u][n], signs, p % 2 ? b[n].z : b[n].x, p % 2 ? b[n].w : b[n].y);
+      for (int n = 0; n < COLUMNS; n++) multiply_bytes(acc[u][n], signs, b[n].x, b[n].y);
     }
 #else
+    uint4 b[COLUMNS];
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int n = 0; n < COLUMNS; n++) b[n] = *(const uint4 *)(from[n] + p * 64);
 #pragma unroll
-      for (int u = 0; u < AT_ONCE; u++) {
-        const u32 words[4] = {w[u].x, w[u].y, w[u].z, w[u].w};
-        u32 signs[4];
+    for (int u = 0; u < AT_ONCE; u++) {
+      u32 low[4], high[4]; // of the lower and the upper byte of each half
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          signs[i] = signed_ones(words[i] << (15 - half * 8 - p), ones);
-#pragma unroll
-        for (int n = 0; n < COLUMNS; n++)
-          multiply_halves(acc[u][n], signs, half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
+      for (int i = 0; i < 4; i++) {
+        low[i] = signed_ones(words[u][i] << 8, ones);
+        high[i] = signed_ones(words[u][i], ones);
+        words[u][i] <<= 1;
       }
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++) {
+        multiply_halves(acc[u][n], low, b[n].x, b[n].y);
+        multiply_halves(acc[u][n], high, b[n].z, b[n].w);
+      }
+    }
 #endif
 #if GROUPED
-    const int done = column_tile * 256 + (p + 1) * 32;
-    if (done % a.width == 0 || p == 7) {
-      const int group = min((done - 1) / a.width, a.groups - 1);
+    const int begin = column_tile * 256 + p * 32;
+    if (begin % a.width == 0 || p == 0) {
+      const int group = min(begin / a.width, a.groups - 1);
 #pragma unroll
       for (int u = 0; u < AT_ONCE; u++) {
         const int row_tile = min(tile + u * plan.warp_stride, plan.tiles - 1);
-        const float low = scale_of(a, plan, s, plane, row_tile, group, g);
-        const float high = scale_of(a, plan, s, plane, row_tile, group, g + 8);
+        const float one = INT8 ? 1.0f / 64 : 1;
+        const float low = scale_of(a, plan, s, plane, row_tile, group, g) * one;
+        const float high = scale_of(a, plan, s, plane, row_tile, group, g + 8) * one;
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
@@ -667,7 +678,7 @@ __device__ __forceinline__ float contribution(const Arguments &a, const Plan &pl
 #if MODE == 0
   return float(total - 2 * sum) * scale;
 #else
-  return float(sum) * scale;
+  return (INT8 ? float(sum / 64) : float(sum)) * scale;
 #endif
 #endif
 }
@@ -795,7 +806,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
   plan.slot = warp % plan.slots;
   plan.warp_tile = warp / plan.slots; // the warp's first row tile
   plan.warp_stride = WARPS / plan.slots;
-  plan.pitch = a.chunk * (INT8 ? 1 : 2) + 64;
+  plan.pitch = INT8 ? a.chunk + 32 : a.chunk * 2 + 64; // eight tokens' in different banks
 
   // Row tiles of a warp whose partial sums lie in shared memory at a time.
   const int turns = min(TURNS, (plan.tiles + plan.warp_stride - 1) / plan.warp_stride);

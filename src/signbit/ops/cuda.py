@@ -187,7 +187,7 @@ class Multiplication:
         grouped = self._groups > 1
         one_bit = tokens == 1 and not grouped and self._columns <= 32768
         mode = (0 if one_bit else 1) if activations == "int8" else 2 if dtype is torch.float16 else 3
-        stages = 8 if tokens <= 8 else 4
+        stages = 8 if mode == 0 else 4
         row_tiles, column_tiles = -(-self._rows // layout.BLOCK_ROWS), -(-self._columns // _TILE)
         properties: Any = torch.cuda.get_device_properties(self._device)
         grid = min(row_tiles, properties.multi_processor_count)
@@ -218,7 +218,7 @@ class Multiplication:
             slots *= 2
         turns = min({1: 16, 8: 4, 16: 2}[wide], -(-tiles // (_WARPS // slots)))
         own = -(-chunk // _TILE // slots) * _TILE  # bytes of bit planes that a warp makes for itself
-        activations = _WARPS * own if mode == 0 else tokens * (chunk * (1 if mode == 1 else 2) + 64)
+        activations = _WARPS * own if mode == 0 else tokens * (chunk + 32 if mode == 1 else chunk * 2 + 64)
         results = 0 if simple else tiles * 16 * wide * 4
         pieces = (
             _WARPS * stages * 512, activations, _WARPS * _TILE if mode == 0 else 0,
