@@ -116,7 +116,9 @@ def main() -> None:
         ours, peak = rate(model, args.tokens, args.runs)
         form = f"{args.shape}, {'row scale' if args.group < 0 else f'group {args.group}'}"
         rows.append(Row(f"generate {mode}, {form}", ours, "torch bfloat16", dense_rate, ours / dense_rate, "tokens/s"))
-        rows.append(Row(f"most memory, {mode}, {form}", peak, "torch bfloat16", dense_peak, dense_peak / max(peak, 1e-9), "GB"))
+        rows.append(
+            Row(f"most memory, {mode}, {form}", peak, "torch bfloat16", dense_peak, dense_peak / max(peak, 1e-9), "GB")
+        )
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {os.environ.get('SIGNBIT_CUDA', 'kernels')}")
     show(rows, args.json)

@@ -59,16 +59,17 @@ def law_random(backend, w, dtype, device="cpu", magnitude=1.0, outliers=False, t
 
     One float32 rounding beside that: where nearly all weights are 0, a scale that comes last is what errs most.
     """
-    x = torch.randn(tokens, w.in_features, device=device, dtype=torch.float64) * magnitude
+    # Plain torch's largest error over a single token is a matter of luck.
+    x = torch.randn(max(tokens, 16), w.in_features, device=device, dtype=torch.float64) * magnitude
     if outliers:
         x[:, ::17] *= 1e5 / magnitude
     x = x.to(dtype)
     exact = x.double() @ w.to_dense(torch.float64).T
     plain = F.linear(x, w.to_dense().to(dtype))
     with uninitialized_memory_is_nan():
-        got = backend.binary_linear(x, w.operands(), "exact")
+        got = backend.binary_linear(x[:tokens], w.operands(), "exact")
     allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
-    error = (got.double() - exact).abs().max()
+    error = (got.double() - exact[:tokens]).abs().max()
     assert not bool(torch.isnan(error)), "an output element was not written"
     assert error <= allowed, f"error {error:.3g}, {allowed:.3g} is allowed"
 

@@ -35,7 +35,9 @@ _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
 _SCALE_BYTES = 48 * 1024
 #: Beyond this many columns the float32 sums of int8's codes would not be exact.
 MAX_COLUMNS = 131072
-_SIGNS = -1  # of `unpack`: int8 signs instead of values
+_SIGNS = -1  # of `unpack` and `quantize`: int8 instead of a float type
+#: Whether torch.mm multiplies halves into float32.
+_FLOAT_SUMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 class _Arguments(ctypes.Structure):
@@ -48,6 +50,24 @@ class _Arguments(ctypes.Structure):
         *((name, c_int) for name in ("scale_rows", "float_type", "salient_bits", "tokens", "x_type", "bias_type")),
         ("chunk", c_int),
     )  # fmt: skip
+
+
+class _TokenArguments(ctypes.Structure):
+    """struct TokenArguments of binary_linear.cu."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "codes", "step")),
+        *((name, c_int) for name in ("columns", "x_type", "code_type")),
+    )
+
+
+class _SumArguments(ctypes.Structure):
+    """struct SumArguments of binary_linear.cu."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("sums", "step", "scale", "bias", "y")),
+        *((name, c_int) for name in ("rows", "row_blocks", "scale_rows", "float_type", "bias_type", "x_type")),
+    )
 
 
 class _HeadArguments(ctypes.Structure):
@@ -157,8 +177,8 @@ class Multiplication:
             if activations == "exact" and (x.dtype is torch.float32 or tokens >= DENSE_FROM):
                 bias = None if self.bias is None else self.bias.to(x.dtype)
                 return F.linear(x, self.dense(x.dtype), bias)
-            if activations == "int8" and tokens >= DENSE_FROM and self._as_integers(tokens):
-                return self._integer_product(flat).reshape(*shape[:-1], self._rows)
+            if activations == "int8" and tokens >= DENSE_FROM and (codes := self._code_type()) is not None:
+                return self._dense_product(flat.contiguous(), codes).reshape(*shape[:-1], self._rows)
             flat = flat.contiguous()
             y = flat.new_empty((tokens, self._rows))
             stream = torch.cuda.current_stream().cuda_stream
@@ -233,30 +253,51 @@ class Multiplication:
         needed = self._planes * tiles * self._groups * 64
         return needed if needed <= _SCALE_BYTES else 0
 
-    def _as_integers(self, tokens: int) -> bool:
-        """Whether integers alone, without groups and other terms, give the product, in sizes that torch takes."""
-        sizes = self._columns % 8 == 0 and self._rows % 8 == 0 and tokens > 16
-        return sizes and self._planes == self._groups == 1 and not self._terms
+    def _code_type(self) -> torch.dtype | None:
+        """How int8 activations meet a dense matrix without a loss; None if they cannot, or in sizes that torch does not take.
 
-    def _integer_product(self, x: Tensor) -> Tensor:
-        q, step = reference.quantize_activations(x, "int8")
-        signs = torch.empty(self._rows, self._columns, dtype=torch.int8, device=self._device)
-        self._unpack(signs, _SIGNS)
-        sums = torch._int_mm(q.to(torch.int8), signs.T)
-        scale = self.w.scale.float().reshape(-1)[: self._rows]
-        y = (sums.float() * (scale * step)).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        Integers where the scales come after them; else halves, which hold 8 bits and ±scale as it is stored.
+        """
+        if self._planes > 1 or self._terms or self._columns % 8:
+            return None
+        if self._groups == 1:
+            return torch.int8 if self._rows % 8 == 0 else None
+        return self.w.scale.dtype if self.w.scale.dtype is not torch.float32 and _FLOAT_SUMS else None
+
+    def _dense_product(self, x: Tensor, code_type: torch.dtype) -> Tensor:
+        tokens, integers = x.shape[0], code_type is torch.int8
+        codes, step = torch.empty_like(x, dtype=code_type), x.new_empty(tokens, dtype=torch.float32)
+        type_of_codes = _SIGNS if integers else FLOATS[code_type]
+        self._helper("quantize").launch(
+            tokens, 256, 0, torch.cuda.current_stream().cuda_stream,
+            _TokenArguments(x.data_ptr(), codes.data_ptr(), step.data_ptr(), self._columns, FLOATS[x.dtype], type_of_codes),
+        )  # fmt: skip
+        matrix = torch.empty(self._rows, self._columns, dtype=code_type, device=self._device)
+        self._unpack(matrix, type_of_codes)
+        sums = torch._int_mm(codes, matrix.T) if integers else torch.mm(codes, matrix.T, out_dtype=torch.float32)
+        y, bias, row_blocks = x.new_empty(tokens, self._rows), self.bias, -(-self._rows // 1024)
+        self._helper("finish").launch(
+            tokens * row_blocks, 256, 0, torch.cuda.current_stream().cuda_stream,
+            _SumArguments(
+                sums.data_ptr(), step.data_ptr(), self.w.scale.data_ptr() if integers else None,
+                None if bias is None else bias.data_ptr(), y.data_ptr(), self._rows, row_blocks, self.w.shape[5],
+                FLOATS[self.w.scale.dtype], 0 if bias is None else FLOATS[bias.dtype], FLOATS[x.dtype],
+            ),
+        )  # fmt: skip
+        return y
+
+    def _helper(self, name: str) -> nvrtc.Kernel:
+        return _kernel(self._device.index, name, ("UNPACK",), False)
 
     def _unpack(self, out: Tensor, out_type: int) -> None:
         arguments = _Arguments.from_buffer_copy(self._arguments)
         arguments.y, arguments.x_type = out.data_ptr(), out_type
-        macros = ("UNPACK",)
         stream = torch.cuda.current_stream().cuda_stream
         tiles = -(-self._rows // layout.BLOCK_ROWS) * -(-self._columns // _TILE)
-        _kernel(self._device.index, "unpack", macros, False).launch(-(-tiles // 8), 256, 0, stream, arguments)
+        plain = self._planes == 1 and not self._terms and self._columns % 8 == 0
+        self._helper("unpack_signs" if plain else "unpack").launch(-(-tiles // 8), 256, 0, stream, arguments)
         if self.w.salient_positions is not None and out_type != _SIGNS:
-            kernel = _kernel(self._device.index, "put_salient", macros, False)
-            kernel.launch(-(-self._rows // 8), 256, 0, stream, arguments)
+            self._helper("put_salient").launch(-(-self._rows // 8), 256, 0, stream, arguments)
 
 
 def binary_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
