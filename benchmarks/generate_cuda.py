@@ -2,23 +2,24 @@
 
     python -m benchmarks.generate_cuda --json generate.json      # a Llama of the 7B shape with random weights
 
-`model.generate` with a static cache, whose decoding step transformers compiles (torch.compile, CUDA graphs). A rate is
-new tokens after the first over the time they took, the median of several answers after those that compile. Nothing is
-timed unless every layer is multiplied by the kernels and the packed model's logits are those of plain torch on the same
-bits.
+Two ways of decoding with transformers' static cache, the same for both models. "graph": one step, compiled by
+torch.compile and captured with its argmax in a CUDA graph that is replayed, which is what the GPU can do. "generate":
+`model.generate(..., cache_implementation="static")`, whose own Python costs milliseconds a token. Each figure is the
+median of several answers. Nothing is timed unless every layer is multiplied by the kernels and gives what plain torch
+gives on the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import os
 import statistics
 import time
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import signbit
 from benchmarks.rows import Row, show
@@ -46,37 +47,84 @@ def dense(shape: str, device: str) -> Any:
     return model.eval()
 
 
-def rate(model: Any, tokens: int, runs: int) -> tuple[float, float]:
-    """Tokens per second, and the most memory that was allocated meanwhile in GB (0 on a CPU)."""
-    cuda = model.device.type == "cuda"
+@torch.no_grad()
+def graph_rate(model: Any, tokens: int, runs: int) -> float:
+    """Tokens per second of a captured decoding step, greedy."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + tokens)
     prompt = torch.arange(1, PROMPT + 1, device=model.device)[None]
-    mask = torch.ones_like(prompt)
+    first = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False)
+    token = first.clone()
+
+    def begin() -> None:
+        token.copy_(first)
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(PROMPT)
+
+    def advance() -> None:
+        token.copy_(step(token, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            advance()
+    torch.cuda.current_stream().wait_stream(side)
+    begin()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance()
+    seconds = []
+    for _ in range(runs + 1):
+        begin()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(tokens):
+            graph.replay()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    if not int(cache.layers[0].cumulative_length) == PROMPT + tokens:
+        raise SystemExit("the captured step does not go forward; nothing is timed")
+    return tokens / statistics.median(seconds[1:])
+
+
+def generate_rate(model: Any, tokens: int, runs: int) -> float:
+    """Tokens per second of `generate`, after the first."""
+    prompt = torch.arange(1, PROMPT + 1, device=model.device)[None]
 
     def seconds(count: int) -> float:
-        if cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         began = time.perf_counter()
-        # One length of cache, so that one graph serves both.
         out = model.generate(
-            prompt, attention_mask=mask, do_sample=False, max_new_tokens=count, cache_implementation="static",
-            pad_token_id=0,
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count,
+            cache_implementation="static", pad_token_id=0,
         )  # fmt: skip
-        if cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         if out.shape[1] != PROMPT + count:
             raise SystemExit(f"{out.shape[1] - PROMPT} tokens came instead of {count}; nothing is timed")
         return time.perf_counter() - began
 
-    for _ in range(2):
-        seconds(tokens)
-    seconds(tokens // 2)
-    gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    # The first token's share, and what a call costs by itself, are in both.
+    for count in (tokens, tokens, tokens // 2):  # compile
+        seconds(count)
+    # What the first token and a call by itself cost is in both.
     whole = statistics.median(seconds(tokens) for _ in range(runs))
     half = statistics.median(seconds(tokens // 2) for _ in range(runs))
-    return (tokens - tokens // 2) / (whole - half), torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    return (tokens - tokens // 2) / (whole - half)
+
+
+WAYS = {"graph": graph_rate, "generate": generate_rate}
+
+
+def rates(model: Any, ways: list[str], tokens: int, runs: int) -> dict[str, float]:
+    """Tokens per second by each way, and the most memory that was allocated meanwhile in GB."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    found = {way: WAYS[way](model, tokens, runs) for way in ways}
+    found["memory"] = torch.cuda.max_memory_allocated() / 1e9
+    print({name: round(value, 2) for name, value in found.items()}, flush=True)
+    return found
 
 
 @torch.no_grad()
@@ -98,29 +146,25 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=-1)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--modes", nargs="+", default=["int8", "exact"], choices=["int8", "exact"])
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="each compiles for half a minute"
+    )
     parser.add_argument("--json")
     args = parser.parse_args()
-    model = dense(args.shape, args.device)
-    dense_rate, dense_peak = rate(model, args.tokens, args.runs)
-    torch._dynamo.reset()
+    model = dense(args.shape, "cuda")
+    theirs = rates(model, args.ways, args.tokens, args.runs)
     # In place, layer by layer: what the dense layers held is free again.
     signbit.quantize_(model, signbit.SignbitConfig(method="absmean", group=args.group, head="int8"))
     rows = []
-    for mode in ("int8", "exact"):
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+    for mode in args.modes:
         signbit.set_activations(model, mode)
         check(model)
-        ours, peak = rate(model, args.tokens, args.runs)
         form = f"{args.shape}, {'row scale' if args.group < 0 else f'group {args.group}'}"
-        rows.append(Row(f"generate {mode}, {form}", ours, "torch bfloat16", dense_rate, ours / dense_rate, "tokens/s"))
-        rows.append(
-            Row(f"most memory, {mode}, {form}", peak, "torch bfloat16", dense_peak, dense_peak / max(peak, 1e-9), "GB")
-        )
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, {os.environ.get('SIGNBIT_CUDA', 'kernels')}")
+        for what, ours in rates(model, args.ways, args.tokens, args.runs).items():
+            more, unit = (theirs[what] / ours, "GB") if what == "memory" else (ours / theirs[what], "tokens/s")
+            rows.append(Row(f"{what} {mode}, {form}", ours, "torch bfloat16", theirs[what], more, unit))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
     show(rows, args.json)
 
 
