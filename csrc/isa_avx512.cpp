@@ -172,10 +172,10 @@ struct Isa {
       for (int i = 0; i < LOOKUPS; i++, to += step) {
         __m512i at[4];
         for (int b = 0; b < 4; b++) {
-          const int bit = i * 6 - b * 8; // to be moved to bit 0
-          at[b] = bit <= -1    ? _mm512_slli_epi32(first[b], static_cast<unsigned>(-bit))
-                  : bit < 32   ? _mm512_shrdi_epi32(first[b], second[b], static_cast<unsigned>(bit & 31))
-                               : _mm512_srli_epi32(second[b], static_cast<unsigned>(bit - 32));
+          const int bit = i * 6 - b * 8; // to be moved to bit 0; by a vector, for not every build unrolls
+          at[b] = bit < 0    ? _mm512_sllv_epi32(first[b], _mm512_set1_epi32(-bit))
+                  : bit < 32 ? _mm512_shrdv_epi32(first[b], second[b], _mm512_set1_epi32(bit))
+                             : _mm512_srlv_epi32(second[b], _mm512_set1_epi32(bit - 32));
         }
         const __m512i pair = _mm512_mask_blend_epi8(0x2222222222222222u, at[0], at[1]);
         const __m512i other = _mm512_mask_blend_epi8(0x8888888888888888u, at[2], at[3]);
