@@ -352,6 +352,12 @@ struct Tile {
       for (int t = 0; t < T; t++) sums[r][t] = vload<vf>(to + cell(block + r, t));
     const int64_t group_words = w.groups == 1 ? words : width / 32;
     int64_t group = w.groups == 1 ? 0 : (word + part) / group_words;
+    if (T == 1 && w.scale_rows) {
+      // The scales of a chunk's groups lie far from those of the next rows: no processor guesses where.
+      const int64_t bytes = w.float_type == SIGNBIT_FLOAT32 ? 4 : 2, count = (some + group_words - 1) / group_words;
+      const char *ahead = static_cast<const char *>(w.scale) + ((plane * blocks + block + 4) * w.groups + group) * 16 * bytes;
+      for (int64_t line = 0; line < count * 16 * bytes; line += 64) __builtin_prefetch(ahead + line);
+    }
     for (int64_t begin = part; begin < part + some; group++) {
       const int64_t end = least(part + some, (group + 1) * group_words - word);
       Sum acc[R][T];
