@@ -232,7 +232,7 @@ struct Tile {
     for (int plane = 0; plane < w.planes; plane++) {
       const float *from = take_plane(plane);
       const uint32_t *signs = w.signs + (w.sign_planes == 1 ? 0 : plane) * words * blocks * 16;
-      if (INT8) memset(y_plane, 0, static_cast<size_t>(T * lanes()) * 4);
+      if (INT8 && !LOOKUP) memset(y_plane, 0, static_cast<size_t>(T * lanes()) * 4);
       if constexpr (LOOKUP) look_up<Isa>(signs, plane);
       else
         for (int64_t word = 0; word < words; word += CHUNK) {
@@ -437,10 +437,11 @@ struct Tile {
                                 size[end] - size[begin], acc);
         float *to = y_plane + cell(block, t);
         const vf *scale = scales[group - first_group];
+        const bool fresh = word + begin == 0; // nothing is there yet
 #pragma GCC unroll 16
         for (int b = 0; b < 4 * R; b++, to += 16) {
           const vf &sum = acc[b / 4][b % 4];
-          vstore(to, vload<vf>(to) + (w.groups == 1 ? sum : sum * scale[b])); // integers below 2²⁴ with one group
+          vstore(to, (fresh ? vf{} : vload<vf>(to)) + (w.groups == 1 ? sum : sum * scale[b])); // integers below 2²⁴ with one group
         }
         begin = end;
       }
