@@ -175,11 +175,11 @@ struct Tile {
         words((matrix.columns + 31) / 32), padded(words * 32), width(matrix.columns / matrix.groups),
         x_pitch(INT8 && !w.in_scale && !w.in_shift && !w.salient_codes ? 0 : padded), pitch(padded + 64) {}
 
-  // Rows of the part; for look_up_rows of all the blocks that it does not tell from those that are there.
+  // Rows of the part; for a lookup rounded up to four blocks, which are written together.
   int64_t lanes() const { return LOOKUP ? (last - first + 3) / 4 * 64 : (last - first) * 16; }
 
-  // Where a token's 16 results of a block lie in y and y_integers: beside what is written with them, all T of a block,
-  // or all blocks of a token (T of a block would be pages apart in one cache set).
+  // Where a token's 16 results of a block lie in y and y_integers: beside what is written with them, all T of a block, or
+  // in a lookup all blocks of a token, which T·64 bytes apart would fall into a few cache sets.
   int64_t cell(int64_t block, int t) const {
     return LOOKUP ? t * lanes() + (block - first) * 16 : ((block - first) * T + t) * 16;
   }
@@ -202,7 +202,7 @@ struct Tile {
     tables = memory.take<float>(T * TABLE_FLOATS);
     group_sums = memory.take<float>(T * w.groups);
     y = memory.take<float>(T * lanes());
-    y_plane = INT8 && w.planes == 1 ? y : memory.take<float>(T * lanes()); // the first plane's sums become y
+    y_plane = INT8 && w.planes > 1 ? memory.take<float>(T * lanes()) : y; // a single plane's sums become y
     y_integers = reinterpret_cast<int32_t *>(y_plane);
     q = memory.take<int8_t>(T * pitch);
     q_sums = memory.take<int32_t>(T * (words + 1));

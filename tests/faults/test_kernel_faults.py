@@ -32,10 +32,11 @@ FAULTS = {
     "mean of the input's norm": ("kernels.inl", "for (k = 0; k < columns; k++) to[k] -= mean;", ""),
     "head without its last columns": ("kernels.inl", "for (int64_t k = most; k < columns; k++) whole",
                                       "for (int64_t k = most; k < columns - 1; k++) whole"),
-    "lookup: bytes that overflow": ("isa_avx512.cpp", "low[r] = i == 0 || i == 8 ?", "low[r] = i == 0 ?"),
+    "lookup: sums counted twice": ("isa_avx512.cpp", "low[r] = i == 0 || i == 8 ?", "low[r] = i == 0 ?"),
     "lookup: columns across two words": ("isa_avx512.cpp", "_mm512_shrdv_epi32(first[b], second[b],",
                                          "_mm512_srlv_epi32(first[b],"),
-    "lookup: a group's scale for the next": ("kernels.inl", "begin < pieces; group++) {", "begin < pieces; group += 0) {"),
+    "lookup: a group's scale for the next": ("kernels.inl", "vf *scale = scales[group - first_group];",
+                                               "vf *scale = scales[0];"),
 }  # fmt: skip
 #: Those that only this instruction set shows.
 OF_AVX512 = "lookup"

@@ -130,6 +130,12 @@ def write(path):
                 for mode in ("exact", "int8"):
                     if supported(w):
                         writer.linear(kind, w, x, mode)
+    # Where a lookup takes 16 blocks of rows together, four, and some that are not there; an odd number of words.
+    for n, k, groups in ((300, 960, 3), (230, 1000, 1)):
+        for kind in ("group", "planes"):
+            w = cases.make(kind, n, k, torch.float16, groups)
+            for place, tokens in enumerate((3, 16, 33, 70)):
+                writer.linear(kind, w, torch.randn(tokens, k).to(DTYPES[place % 3]), "int8")
     for place, norms in enumerate((a, b) for a in native.NORMS for b in ("none", "layer")):
         for tokens in TOKENS[:3]:
             dtype = DTYPES[(place + tokens) % 3]

@@ -62,7 +62,7 @@ def kernels():
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("tokens", [*range(1, 18), 32, 33, 40])
-@pytest.mark.parametrize("kind", ["row", "group", "all"])
+@pytest.mark.parametrize("kind", ["row", "group", "all", "salient_offsets", "shared_signs", "in_shift"])
 def test_every_number_of_tokens(kind, tokens):
     w = on_gpu(cases.make(kind, 88, 1024))
     backend = kernels()
@@ -70,6 +70,35 @@ def test_every_number_of_tokens(kind, tokens):
         laws.law_random(backend, w, dtype, "cuda", tokens=tokens)
         laws.law_int8(backend, w, dtype, "cuda", tokens=tokens)
     laws.law_int8(backend, w, torch.float32, "cuda", tokens=tokens)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["row", "group"])
+def test_the_bias_of_many_tokens(kind):
+    w, bias = on_gpu(cases.make(kind, 88, 1024)), torch.randn(88, device="cuda")
+    x = torch.randn(40, 1024, device="cuda", dtype=torch.bfloat16)
+    prepared = cuda.prepare(w.operands())
+    for mode in ("exact", "int8"):
+        plain = cuda.Multiplication(prepared)(x, mode).float()
+        got = cuda.Multiplication(prepared, bias)(x, mode).float()
+        assert (got - plain - bias).abs().max() <= 0.01 * (plain + bias).abs().max()
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["row", "salient_offsets"])
+def test_columns_that_do_not_fit_at_once(kind, monkeypatch):
+    """As where a block has less shared memory than an H100's."""
+
+    class Less:
+        multi_processor_count, shared_memory_per_block_optin = 84, 99 * 1024
+
+    w = on_gpu(cases.make(kind, 2048, 28672, torch.float16, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: Less)
+        for tokens in (1, 4):
+            laws.law_int8(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
 
 
 # Rows beyond the tiles that lie in shared memory at once, columns beyond what fits there, odd sizes of both.

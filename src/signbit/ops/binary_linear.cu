@@ -188,7 +188,8 @@ struct Shared {
 struct Plan {
   int row_tiles, column_tiles, first, tiles;
   int slots, slot, warp_tile, warp_stride;
-  int planes, chunks, chunk_tiles; // of prepared columns
+  int planes;
+  int chunks, chunk_tiles; // of prepared columns
   int pitch;               // bytes from one token's prepared activations to the next's
 };
 
@@ -377,12 +378,12 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const uint4 *words = (const uint4 *)(s.bytes + lane % 4 * 64 + h * 32);
-          const uint4 first = words[0], second = words[1];
-          const u32 v[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-          u32 plane = 0;
+          const uint4 four = words[0], more = words[1];
+          const u32 v[8] = {four.x, four.y, four.z, four.w, more.x, more.y, more.z, more.w};
+          u32 word = 0;
 #pragma unroll
-          for (int p = 7; p >= 0; p--) plane = plane * 2 + (v[p] >> lane / 4 & 0x01010101);
-          planes[h] = plane;
+          for (int p = 7; p >= 0; p--) word = word * 2 + (v[p] >> lane / 4 & 0x01010101);
+          planes[h] = word;
         }
         *(uint2 *)(s.activations + done * 256 + lane * 8) = make_uint2(planes[0], planes[1]);
         done++;
@@ -404,7 +405,11 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
     }
 #if MODE == 0
   total = __reduce_add_sync(~0u, total);
-  if (lane == 0) s.row[WARPS + warp] = __int_as_float(warp < plan.slots ? total : 0);
+  // Over all chunks; of warps that prepare the same column tiles only the first count.
+  if (lane == 0) {
+    const int before = first ? 0 : __float_as_int(s.row[WARPS + warp]);
+    s.row[WARPS + warp] = __int_as_float(before + (warp < plan.slots ? total : 0));
+  }
 #endif
 #if MODE > 0 || TERMS
   __syncthreads();
@@ -1019,7 +1024,8 @@ __device__ __forceinline__ void store_signs(const Arguments &a, long long at, u3
   }
 }
 
-// As unpack, for one plane without other terms and K a multiple of 8: what is stored lies together.
+// As unpack, or with x_type −1 the signs as int8, of one plane without other terms, K a multiple of 8: what is stored lies
+// together.
 extern "C" __global__ void __launch_bounds__(256) unpack_signs(const Arguments a) {
   const int row_tiles = (a.rows + 15) / 16, column_tiles = (a.columns + 255) / 256;
   const long long index = (long long)blockIdx.x * 8 + threadIdx.x / 32;
@@ -1097,8 +1103,8 @@ extern "C" __global__ void __launch_bounds__(256) finish(const SumArguments a) {
   }
 }
 
-// W as a dense matrix in a.y, of type x_type [N][K]: what bits.dense means, salient values left to put_salient; or, with
-// x_type −1, the signs of the only plane as int8. A warp makes a tile of 16 rows and 256 columns.
+// W as a dense matrix in a.y, of type x_type [N][K]: what bits.dense means, salient values left to put_salient. A warp
+// makes a tile of 16 rows and 256 columns.
 extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
   Plan plan;
   plan.row_tiles = (a.rows + 15) / 16;
@@ -1119,7 +1125,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
         for (int plane = 0; plane < a.planes; plane++) {
           const long long at = ((long long)(a.sign_planes == 1 ? 0 : plane) * plan.row_tiles + tile) * plan.column_tiles;
           const u32 word = ((const u32 *)(a.signs + (at + column_tile) * 32 + lane))[2 * h + r];
-          const float scale = a.x_type < 0 ? 1 : scale_in_memory(a, plan.row_tiles, plane, tile, group, row);
+          const float scale = scale_in_memory(a, plan.row_tiles, plane, tile, group, row);
           for (int b = 0; b < 4; b++) {
             if (k + b >= a.columns) break;
             float term = word >> (8 * b + p) & 1 ? -scale : scale;
@@ -1137,19 +1143,13 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
         }
         const long long to = (long long)n * a.columns + k;
         if (a.columns % 4 == 0) {
-          if (a.x_type < 0)
-            *(u32 *)((u8 *)a.y + to) = (u32)(u8)(int)values[0] | (u32)(u8)(int)values[1] << 8 |
-                                       (u32)(u8)(int)values[2] << 16 | (u32)(u8)(int)values[3] << 24;
-          else if (a.x_type == FLOAT32) *(float4 *)((float *)a.y + to) = make_float4(values[0], values[1], values[2], values[3]);
+          if (a.x_type == FLOAT32) *(float4 *)((float *)a.y + to) = make_float4(values[0], values[1], values[2], values[3]);
           else
             *(uint2 *)((u16 *)a.y + to) =
                 make_uint2(narrow(values[0], a.x_type) | (u32)narrow(values[1], a.x_type) << 16,
                            narrow(values[2], a.x_type) | (u32)narrow(values[3], a.x_type) << 16);
         } else {
-          for (int b = 0; b < 4 && k + b < a.columns; b++) {
-            if (a.x_type < 0) ((signed char *)a.y)[to + b] = (signed char)values[b];
-            else store(a.y, to + b, values[b], a.x_type);
-          }
+          for (int b = 0; b < 4 && k + b < a.columns; b++) store(a.y, to + b, values[b], a.x_type);
         }
       }
   }

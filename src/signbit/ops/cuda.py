@@ -35,7 +35,7 @@ _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
 _SCALE_BYTES = 48 * 1024
 #: Beyond this many columns the float32 sums of int8's codes would not be exact.
 MAX_COLUMNS = 131072
-_SIGNS = -1  # of `unpack` and `quantize`: int8 instead of a float type
+_SIGNS = -1  # of `unpack_signs` and `quantize`: int8 instead of a float type
 #: Whether torch.mm multiplies halves into float32.
 _FLOAT_SUMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -296,7 +296,7 @@ class Multiplication:
         tiles = -(-self._rows // layout.BLOCK_ROWS) * -(-self._columns // _TILE)
         plain = self._planes == 1 and not self._terms and self._columns % 8 == 0
         self._helper("unpack_signs" if plain else "unpack").launch(-(-tiles // 8), 256, 0, stream, arguments)
-        if self.w.salient_positions is not None and out_type != _SIGNS:
+        if self.w.salient_positions is not None:
             self._helper("put_salient").launch(-(-self._rows // 8), 256, 0, stream, arguments)
 
 
