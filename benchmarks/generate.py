@@ -44,17 +44,22 @@ def source(name: str) -> tuple[Any, Any]:
     """The dense bfloat16 model and its tokenizer."""
     if name != "1.3B":
         return load_any(name, "bfloat16"), AutoTokenizer.from_pretrained(name)
-    config = LlamaConfig(**SHAPE, vocab_size=32000, max_position_embeddings=2048, eos_token_id=None)
+    return random_llama(SHAPE), Words()
+
+
+def random_llama(shape: dict[str, int], device: str = "cpu") -> Any:
+    """A dense bfloat16 Llama with random weights, made where it will run; it never ends an answer by itself."""
+    config = LlamaConfig(**shape, vocab_size=32000, max_position_embeddings=2048, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model = model.to(torch.bfloat16).to_empty(device=device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter.data)
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config)
+    model.model.rotary_emb = type(rotary)(config=config).to(device)
     model.generation_config.eos_token_id = None
-    return model.eval(), Words()
+    return model.eval()
 
 
 def rate(model: Any, tokenizer: Any, tokens: int, runs: int) -> float:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 
 import signbit
+from benchmarks.generate import random_llama
 from benchmarks.rows import Row, show
 from signbit.linear import PackedLinear
 from signbit.ops import reference
@@ -31,21 +32,6 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": 2},
 }
 PROMPT = 16
-
-
-def dense(shape: str, device: str) -> Any:
-    """The dense bfloat16 model, made where it will run."""
-    config = LlamaConfig(**SHAPES[shape], vocab_size=32000, max_position_embeddings=2048, eos_token_id=None)
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device=device)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter.data, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter.data)
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config).to(device)
-    model.generation_config.eos_token_id = None
-    return model.eval()
 
 
 @torch.no_grad()
@@ -131,10 +117,10 @@ def rates(model: Any, ways: list[str], tokens: int, runs: int) -> dict[str, floa
 @torch.no_grad()
 def check(model: Any) -> None:
     """Ends the run unless all layers are on the kernels and the first block's give what plain torch does."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    if left := {reason for layer in layers.values() if (reason := layer.prepare()) is not None}:
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if left := {reason for layer in layers if (reason := layer.prepare()) is not None}:
         raise SystemExit(f"not all layers are multiplied by the kernels: {left}; nothing is timed")
-    for layer in list(layers.values())[:7]:
+    for layer in layers[:7]:
         x = torch.randn(1, layer.in_features, device=model.device, dtype=torch.bfloat16)
         want = reference.binary_linear(x.float(), layer.weights[0].operands(), layer.activations)
         if not (layer(x) - want).abs().max() <= 0.01 * want.abs().max():
@@ -153,7 +139,7 @@ def main() -> None:
     )
     parser.add_argument("--json")
     args = parser.parse_args()
-    model = dense(args.shape, "cuda")
+    model = random_llama(SHAPES[args.shape], "cuda")
     theirs = rates(model, args.ways, args.tokens, args.runs)
     # In place, layer by layer: what the dense layers held is free again.
     signbit.quantize_(model, signbit.SignbitConfig(method="absmean", group=args.group, head="int8"))

@@ -95,8 +95,8 @@ struct Isa {
       }
   }
 
-  // Int8 for several tokens: vpermb looks 64 rows up in a table of 64 sums of six codes, 384 products at once, where vpdpbusd
-  // multiplies 64. A piece is 64 columns: ten sixes and a four. With n₊ the codes whose sign the bit shares,
+  // Int8 for several tokens: vpermb looks 64 rows up in a table of 64 sums of six codes, 384 products at once, where
+  // vpdpbusd multiplies 64. A piece is 64 columns: ten sixes and a four. With n₊ the codes whose sign the bit shares,
   // Σ ±q = 2·Σ_{n₊}|q| − Σ|q|, and Σ_{n₊}|q| ≤ 6·127 goes into two tables of bytes, its low five bits and the rest.
   // What lookup_tables permutes by. A triple is three columns; a table of six is the sums of its two triples' eights.
   struct TableOrder {

@@ -12,7 +12,7 @@
 //   dot<R, T>(codes, row stride, q, q stride, columns, sums[R][T])         int8 · int8, columns a multiple of 64
 
 constexpr int64_t CHUNK = 32;        // words
-constexpr int64_t LOOKUP_WORDS = 8; // as lookup allows; all tokens' tables lie in the second-level cache, indices in the first
+constexpr int64_t LOOKUP_WORDS = 8; // what lookup allows; its indices lie in the first-level cache, all tables in the second
 constexpr int64_t LOOKUP_PIECES = LOOKUP_WORDS / 2;
 constexpr int LEAST_LOOKUP_TOKENS = 2;
 
@@ -438,10 +438,11 @@ struct Tile {
         float *to = y_plane + cell(block, t);
         const vf *scale = scales[group - first_group];
         const bool fresh = word + begin == 0; // nothing is there yet
+        // With one group the sums are integers below 2²⁴ until add_plane.
 #pragma GCC unroll 16
         for (int b = 0; b < 4 * R; b++, to += 16) {
           const vf &sum = acc[b / 4][b % 4];
-          vstore(to, (fresh ? vf{} : vload<vf>(to)) + (w.groups == 1 ? sum : sum * scale[b])); // integers below 2²⁴ with one group
+          vstore(to, (fresh ? vf{} : vload<vf>(to)) + (w.groups == 1 ? sum : sum * scale[b]));
         }
         begin = end;
       }

@@ -265,6 +265,7 @@ class Multiplication:
         return self.w.scale.dtype if self.w.scale.dtype is not torch.float32 and _FLOAT_SUMS else None
 
     def _dense_product(self, x: Tensor, code_type: torch.dtype) -> Tensor:
+        """int8: x [T, K] as codes of `code_type` times the dense matrix, integer or float32 sums, then the scales."""
         tokens, integers = x.shape[0], code_type is torch.int8
         codes, step = torch.empty_like(x, dtype=code_type), x.new_empty(tokens, dtype=torch.float32)
         type_of_codes = _SIGNS if integers else FLOATS[code_type]
