@@ -11,6 +11,14 @@ struct Isa {
     return v;
   }
 
+  // The packs work on halves of 128 bits: the 32-bit lanes come out as 0 and 8, 4 and 12, in both halves.
+  static vb narrow(const vi &v) {
+    const __m256i *from = reinterpret_cast<const __m256i *>(&v);
+    const __m256i words = _mm256_packs_epi32(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1));
+    const __m256i bytes = _mm256_packs_epi16(words, words);
+    return vb(_mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5))));
+  }
+
   // vpermps looks up eight floats by three bits; the fourth bit chooses between the two halves of the table.
   template <int R, int T>
   static void exact(const uint32_t *w, int64_t stride, int64_t words, const float *tables, int64_t table_stride,

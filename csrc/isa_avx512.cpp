@@ -16,6 +16,8 @@ struct Isa {
     return vf(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))));
   }
 
+  static vb narrow(const vi &v) { return vb(_mm512_cvtepi32_epi8(__m512i(v))); }
+
   // vpermps takes the low four bits of each lane as an index into 16 floats: one lookup adds four weights of 16 rows.
   template <int R, int T>
   static void exact(const uint32_t *w, int64_t stride, int64_t words, const float *tables, int64_t table_stride,

@@ -19,6 +19,13 @@ struct Isa {
     return v;
   }
 
+  static vb narrow(const vi &v) {
+    const int32_t *from = reinterpret_cast<const int32_t *>(&v);
+    int16x4_t quarter[4];
+    for (int i = 0; i < 4; i++) quarter[i] = vmovn_s32(vld1q_s32(from + 4 * i));
+    return vb(vcombine_s8(vmovn_s16(vcombine_s16(quarter[0], quarter[1])), vmovn_s16(vcombine_s16(quarter[2], quarter[3]))));
+  }
+
   // tbl looks up bytes in 64, the size of one table: four bytes of float i lie at 4i, 4i + 1, 4i + 2, 4i + 3.
   template <int R, int T>
   static void exact(const uint32_t *w, int64_t stride, int64_t words, const float *tables, int64_t table_stride,

@@ -15,6 +15,8 @@ struct Isa {
     return v;
   }
 
+  static vb narrow(const vi &v) { return __builtin_convertvector(v, vb); }
+
   template <int R, int T>
   static void exact(const uint32_t *w, int64_t stride, int64_t words, const float *tables, int64_t table_stride,
                     vf (&acc)[R][T]) {

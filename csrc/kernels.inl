@@ -5,6 +5,7 @@
 // struct Isa has
 //   EXACT_TOKENS, INT8_TOKENS, HEAD_ROWS, HEAD_TOKENS      largest tiles that fit its registers
 //   vf half(const uint16_t *)                              16 float16
+//   vb narrow(vi)                                          16 integers of −128 … 127 as bytes
 //   exact<R, T>(w, block stride, words, tables, table stride, acc[R][T])   acc = Σ ±x, 4 columns a table of 16 sums
 //   int8<R, T>(w, block stride, words, q, q stride, all[T], acc[R][T])     acc = Σ ±q, of which all = Σ q
 //   LOOKUP_TOKENS                                          int8 for so many tokens by the functions below; 0: none
@@ -107,7 +108,7 @@ inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *
     const vf low = vload<vf>(u + k) * 127.0f / a, high = vload<vf>(u + k + 16) * 127.0f / a;
     const vi i = reinterpret_cast<vi>(reinterpret_cast<vu>(low + magic) - base);
     const vi j = reinterpret_cast<vi>(reinterpret_cast<vu>(high + magic) - base);
-    const vb first = __builtin_convertvector(i, vb), second = __builtin_convertvector(j, vb);
+    const vb first = Isa::narrow(i), second = Isa::narrow(j);
     vb2 bytes;
     if (BIT_ORDER)
       bytes = __builtin_shufflevector(first, second, 0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27, 4, 12, 20,

@@ -15,6 +15,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 typedef int32_t vi8 __attribute__((vector_size(32)));
 typedef int32_t vi4 __attribute__((vector_size(16)));
 typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef int8_t vb __attribute__((vector_size(16)));
@@ -34,13 +35,14 @@ template <class V, class S>
 
 [[maybe_unused]] inline vf splat(float value) { return vf{} + value; }
 
+// By halves.
 [[maybe_unused]] inline float total(const vf &v) {
-  float sum = v[0];
-  for (int i = 1; i < 16; i++) sum += v[i];
-  return sum;
+  const vf8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const vf4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[1]) + (b[2] + b[3]);
 }
 
-// By halves: integers, and the largest of floats, do not depend on the order.
 [[maybe_unused]] inline int32_t total(const vi &v) {
   const vi8 low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
   const vi8 a = low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
