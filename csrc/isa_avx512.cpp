@@ -106,8 +106,7 @@ struct Isa {
     // 4v + i. The last triple has one column: its other bits count nothing.
     uint8_t from[6][3][64];
     uint64_t some[6][3]; // which bytes: not the upper ones of the lanes
-    uint16_t low[32], high[32]; // the upper triple's eight, four and four, each for eight lanes
-    uint8_t even[64];
+    uint16_t even[32], odd[32]; // the upper triple's eight, each for eight lanes: packs of bytes take turns between both
   };
 
   static constexpr TableOrder table_order() {
@@ -120,18 +119,17 @@ struct Isa {
           order.from[v][j][2 * lane] = static_cast<uint8_t>(column + (lane >> j & 1 ? 0 : 64));
           order.some[v][j] |= uint64_t(1) << 2 * lane;
         }
-      order.low[lane] = static_cast<uint16_t>(lane / 8);
-      order.high[lane] = static_cast<uint16_t>(4 + lane / 8);
+      order.even[lane] = static_cast<uint16_t>(lane / 8 * 2);
+      order.odd[lane] = static_cast<uint16_t>(lane / 8 * 2 + 1);
     }
-    for (int i = 0; i < 64; i++) order.even[i] = static_cast<uint8_t>(2 * i);
     return order;
   }
 
   // q [64·pieces] to tables [pieces][11][low, high][64]; `sizes` [pieces + 1] counts Σ|q| up.
   static void lookup_tables(const int8_t *q, int64_t pieces, uint8_t *tables, int32_t *sizes) {
     alignas(64) static constexpr TableOrder ORDER = table_order();
-    const __m512i zero = _mm512_setzero_si512(), five = _mm512_set1_epi8(31), even = _mm512_loadu_si512(ORDER.even);
-    const __m512i low = _mm512_loadu_si512(ORDER.low), high = _mm512_loadu_si512(ORDER.high);
+    const __m512i zero = _mm512_setzero_si512(), five = _mm512_set1_epi16(31);
+    const __m512i even = _mm512_loadu_si512(ORDER.even), odd = _mm512_loadu_si512(ORDER.odd);
     sizes[0] = 0;
     for (int64_t piece = 0; piece < pieces; piece++, q += 64) {
       const __m512i codes = _mm512_loadu_si512(q);
@@ -146,15 +144,15 @@ struct Isa {
                                           ORDER.some[v][j], plus, _mm512_loadu_si512(ORDER.from[v][j]), minus));
         _mm512_store_si512(eights[4 * v], sum);
       }
+      asm("" : "+m"(eights)); // loads broadcast for nothing; the compiler would take them out of registers
       for (int i = 0; i < LOOKUPS; i++, tables += 128) {
         const __m512i first = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(eights[2 * i])));
         const __m512i second =
             _mm512_castsi128_si512(_mm_load_si128(reinterpret_cast<const __m128i *>(eights[2 * i + 1])));
-        const __m512i a = _mm512_add_epi16(first, _mm512_permutexvar_epi16(low, second));
-        const __m512i b = _mm512_add_epi16(first, _mm512_permutexvar_epi16(high, second));
-        _mm512_storeu_si512(tables, _mm512_and_si512(_mm512_permutex2var_epi8(a, even, b), five));
-        _mm512_storeu_si512(tables + 64,
-                            _mm512_permutex2var_epi8(_mm512_srli_epi16(a, 5), even, _mm512_srli_epi16(b, 5)));
+        const __m512i a = _mm512_add_epi16(first, _mm512_permutexvar_epi16(even, second));
+        const __m512i b = _mm512_add_epi16(first, _mm512_permutexvar_epi16(odd, second));
+        _mm512_storeu_si512(tables, _mm512_packus_epi16(_mm512_and_si512(a, five), _mm512_and_si512(b, five)));
+        _mm512_storeu_si512(tables + 64, _mm512_packus_epi16(_mm512_srli_epi16(a, 5), _mm512_srli_epi16(b, 5)));
       }
     }
   }

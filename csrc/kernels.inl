@@ -85,20 +85,21 @@ inline void build_tables(const float *x, int64_t columns, float *tables) {
 // Returns a/127, NaN if an activation is not finite.
 template <bool BIT_ORDER>
 inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *sums) {
-  vf most = {}, bad = {};
+  // Without their sign, floats are in the order of their bits; infinities and NaN come last.
+  vi most = {};
   for (int64_t k = 0; k < padded; k += 16) {
-    const vf v = vload<vf>(u + k);
-    const vf size = reinterpret_cast<vf>(reinterpret_cast<vu>(v) & 0x7fffffff);
+    const vi size = vload<vi>(u + k) & 0x7fffffff;
     most = size > most ? size : most;
-    bad += v * 0.0f;
   }
-  const float size = largest(most), a = size > 1e-5f ? size : 1e-5f;
-  const float invalid = total(bad);
-  if (invalid != 0) { // NaN
+  const int32_t bits = largest(most);
+  float size;
+  memcpy(&size, &bits, 4);
+  if (!(size <= FLT_MAX)) {
     memset(q, 0, static_cast<size_t>(padded));
     if (sums != nullptr) memset(sums, 0, static_cast<size_t>(padded / 32 + 1) * 4);
-    return invalid;
+    return size - size;
   }
+  const float a = size > 1e-5f ? size : 1e-5f;
   // Adding 1.5·2²³ leaves no bits for a fraction, rounded half to even. Unsigned, for gcc 12 with -fsanitize=
   // signed-integer-overflow -fno-sanitize-recover loses a vector subtraction here (clang does not).
   const float magic = 12582912.0f;

@@ -2,6 +2,7 @@
 #ifndef SIGNBIT_VECTORS_H
 #define SIGNBIT_VECTORS_H
 
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -51,11 +52,11 @@ template <class V, class S>
   return c[0] + c[1];
 }
 
-[[maybe_unused]] inline float largest(const vf &v) {
-  const vf8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-  const vf8 b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const vf8 c = a > b ? a : b, d = __builtin_shufflevector(c, c, 4, 5, 6, 7, 0, 1, 2, 3), e = c > d ? c : d;
-  float most = e[0];
+[[maybe_unused]] inline int32_t largest(const vi &v) {
+  const vi8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const vi8 b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const vi8 c = a > b ? a : b, d = __builtin_shufflevector(c, c, 4, 5, 6, 7, 0, 1, 2, 3), e = c > d ? c : d;
+  int32_t most = e[0];
   for (int i = 1; i < 4; i++) most = e[i] > most ? e[i] : most;
   return most;
 }
