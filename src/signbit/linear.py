@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,14 @@ def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+class Shared(Protocol):
+    """Layers on a GPU that are given the same tensor and multiplied by one launch."""
+
+    def join(self) -> None: ...
+    def part(self) -> None: ...
+    def __call__(self, layer: PackedLinear, x: Tensor, activations: str, as_op: bool) -> Tensor | None: ...
+
+
 @final
 class PackedLinear(nn.Module):
     """A linear layer on packed bits: y = norm_out(W · norm_in(x)) + bias, with W the product of a chain of BinaryWeights.
@@ -221,6 +229,8 @@ class PackedLinear(nn.Module):
         self._reason: str | None = None
         self._shapes: list[list[int]] = []
         self._multiplications: list[ops.Multiplication] = []
+        #: Shares a launch with other layers on a GPU, if set (signbit.models.fused).
+        self.fused: Shared | None = None
 
     @classmethod
     def from_spec(cls, spec: LayerSpec, variable: Mapping[str, int], dtype: torch.dtype, device: str) -> PackedLinear:
@@ -263,6 +273,8 @@ class PackedLinear(nn.Module):
                 return "its weights come and go (offloaded by accelerate)"
             self._reason = self._prepare()
             self._multiplies = "kernels" if self._reason is None else "reference"
+        if self.fused is not None:
+            self.fused.join()
         return self._reason
 
     def _prepare(self) -> str | None:
@@ -290,6 +302,8 @@ class PackedLinear(nn.Module):
 
     def _restore(self) -> None:
         """Back to the stored form, which is what loads, moves and casts act on."""
+        if self.fused is not None:
+            self.fused.part()
         with _preparing:
             chain = [self._operands(place) for place in range(len(self._columns))]
             prepared = self._multiplies == "kernels"
@@ -308,6 +322,16 @@ class PackedLinear(nn.Module):
     def _prepared(self, place: int) -> ops.Prepared:
         tensors = [self._buffers[_prepared_name(name, place)] for name in ops.Prepared._fields[:-1]]
         return ops.Prepared._make([*tensors, self._shapes[place]])
+
+    @property
+    def prepared(self) -> tuple[ops.Prepared, ...]:
+        """The chain in the kernels' order; () before `prepare`, and where the reference multiplies."""
+        return tuple(map(self._prepared, range(len(self._columns)))) if self._multiplies == "kernels" else ()
+
+    def lay_in(self, signs: Tensor, scale: Tensor) -> None:
+        """Takes the prepared signs and scale of its one matrix from another place, where they stand equal."""
+        self._buffers[_prepared_name("signs", 0)], self._buffers[_prepared_name("scale", 0)] = signs, scale
+        self._multiplications = []
 
     @property
     def better_dense(self) -> tuple[str, ...]:
@@ -440,6 +464,8 @@ class PackedLinear(nn.Module):
 
     def _in_one_pass(self, x: Tensor, activations: str, as_op: bool) -> Tensor:
         """The kernels' own way: bias (and on the CPU norms) inside, and outside of a graph no dispatcher on the way."""
+        if self.fused is not None and (part := self.fused(self, x, activations, as_op)) is not None:
+            return part
         if as_op:
             for place in range(len(self._columns)):
                 x = ops.prepared_linear(x, self._prepared(place), activations, *self._around(place))

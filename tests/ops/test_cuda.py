@@ -93,6 +93,7 @@ def test_columns_that_do_not_fit_at_once(kind, monkeypatch):
 
     class Less:
         multi_processor_count, shared_memory_per_block_optin = 84, 99 * 1024
+        major, minor = torch.cuda.get_device_capability()
 
     w = on_gpu(cases.make(kind, 2048, 28672, torch.float16, 1))
     with monkeypatch.context() as patch:

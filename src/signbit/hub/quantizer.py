@@ -19,7 +19,7 @@ from signbit.errors import FormatError, OptionError
 from signbit.format import Description, Int8Spec, TensorHeader
 from signbit.hub.config import SignbitConfig
 from signbit.linear import VARIABLE, Int8Embedding, Int8Head, PackedLinear
-from signbit.models import Experts, Report, is_fused, linear_parts, set_module
+from signbit.models import Experts, Report, fuse_, is_fused, linear_parts, set_module
 from signbit.version import VERSION
 
 logger = logging.get_logger(__name__)
@@ -89,6 +89,7 @@ def prepare_(model: nn.Module) -> None:
     reasons = Counter(reason for layer in layers if (reason := layer.prepare()) is not None)
     for reason, count in reasons.items():
         logger.warning_once(f"signbit: {count} of {len(layers)} packed layers are multiplied by plain torch: {reason}")
+    fuse_(model)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

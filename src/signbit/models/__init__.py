@@ -1,6 +1,7 @@
 """Finding the repeated blocks and linear layers of any decoder, and putting other layers in their place."""
 
 from signbit.models.experts import Experts, is_fused
+from signbit.models.fused import Fused, find_siblings, fuse_
 from signbit.models.replace import as_rows, linear_parts, set_module, set_weight
 from signbit.models.report import Decision, Report, bits_range, kind_of
 from signbit.models.structure import (
@@ -16,13 +17,16 @@ from signbit.models.structure import (
 __all__ = [
     "Decision",
     "Experts",
+    "Fused",
     "Report",
     "Selection",
     "Structure",
     "Target",
     "as_rows",
     "bits_range",
+    "find_siblings",
     "find_structure",
+    "fuse_",
     "is_fused",
     "kind_of",
     "linear_parts",

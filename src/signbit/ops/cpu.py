@@ -157,7 +157,7 @@ class Multiplication:
             self._point()
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty((*shape[:-1], self._rows))
+        y = x.new_empty(*shape[:-1], self._rows)  # not as a tuple: that takes half a microsecond longer
         key = (x.dtype, activations, torch.get_num_threads())
         call = self._calls.get(key) or self._call(*key)
         columns = self._columns
