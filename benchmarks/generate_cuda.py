@@ -32,11 +32,12 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": 2},
 }
 PROMPT = 16
+PROFILED = 20
 
 
 @torch.no_grad()
-def graph_rate(model: Any, tokens: int, runs: int) -> float:
-    """Tokens per second of a captured decoding step, greedy."""
+def graph_rate(model: Any, tokens: int, runs: int, profiled: bool) -> float:
+    """Tokens per second of a captured decoding step, greedy; `profiled`: prints what its kernels take."""
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + tokens)
     prompt = torch.arange(1, PROMPT + 1, device=model.device)[None]
     first = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
@@ -72,10 +73,20 @@ def graph_rate(model: Any, tokens: int, runs: int) -> float:
         seconds.append(time.perf_counter() - began)
     if not int(cache.layers[0].cumulative_length) == PROMPT + tokens:
         raise SystemExit("the captured step does not go forward; nothing is timed")
+    if profiled:
+        begin()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(4):
+                graph.replay()
+            torch.cuda.synchronize()
+        print("kernels of 4 steps:")
+        for event in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:PROFILED]:
+            took, count = event.self_device_time_total, event.count
+            print(f"{took:9.0f} µs  {count:5} × {took / count:6.2f}  {event.key[:120]}", flush=True)
     return tokens / statistics.median(seconds[1:])
 
 
-def generate_rate(model: Any, tokens: int, runs: int) -> float:
+def generate_rate(model: Any, tokens: int, runs: int, profiled: bool) -> float:
     """Tokens per second of `generate`, after the first."""
     prompt = torch.arange(1, PROMPT + 1, device=model.device)[None]
 
@@ -102,13 +113,13 @@ def generate_rate(model: Any, tokens: int, runs: int) -> float:
 WAYS = {"graph": graph_rate, "generate": generate_rate}
 
 
-def rates(model: Any, ways: list[str], tokens: int, runs: int) -> dict[str, float]:
+def rates(model: Any, ways: list[str], tokens: int, runs: int, profiled: bool) -> dict[str, float]:
     """Tokens per second by each way, and the most memory that was allocated meanwhile in GB."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    found = {way: WAYS[way](model, tokens, runs) for way in ways}
+    found = {way: WAYS[way](model, tokens, runs, profiled) for way in ways}
     found["memory"] = torch.cuda.max_memory_allocated() / 1e9
     print({name: round(value, 2) for name, value in found.items()}, flush=True)
     return found
@@ -137,10 +148,11 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="each compiles for half a minute"
     )
+    parser.add_argument("--profile", action="store_true", help="also print what the kernels of a captured step take")
     parser.add_argument("--json")
     args = parser.parse_args()
     model = random_llama(SHAPES[args.shape], "cuda")
-    theirs = rates(model, args.ways, args.tokens, args.runs)
+    theirs = rates(model, args.ways, args.tokens, args.runs, args.profile)
     # In place, layer by layer: what the dense layers held is free again.
     signbit.quantize_(model, signbit.SignbitConfig(method="absmean", group=args.group, head="int8"))
     rows = []
@@ -148,7 +160,7 @@ def main() -> None:
         signbit.set_activations(model, mode)
         check(model)
         form = f"{args.shape}, {'row scale' if args.group < 0 else f'group {args.group}'}"
-        for what, ours in rates(model, args.ways, args.tokens, args.runs).items():
+        for what, ours in rates(model, args.ways, args.tokens, args.runs, args.profile).items():
             more, unit = (theirs[what] / ours, "GB") if what == "memory" else (ours / theirs[what], "tokens/s")
             rows.append(Row(f"{what} {mode}, {form}", ours, "torch bfloat16", theirs[what], more, unit))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")

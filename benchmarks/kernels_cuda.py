@@ -10,17 +10,21 @@ Nothing is timed that is not correct: each shape is compared with the reference 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.rows import Row, lower_is_better, show
+from signbit.bits import unpack_signs
 from signbit.ops import cuda, reference
-from signbit.weight import BinaryWeight
+from signbit.weight import BinaryWeight, Salient
 
 WARM_S = 0.3
 FUSED = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
@@ -81,6 +85,28 @@ def check(weight: BinaryWeight, multiply: cuda.Multiplication, tokens: int, dtyp
             raise SystemExit(f"{mode}, {tokens} tokens: {error:.2g} off the reference; nothing is timed")
 
 
+def salient_weight(rows: int, columns: int, group: int, share: float) -> BinaryWeight:
+    """As `random_weight`, with a share of the values kept at 8 bits in places that differ from row to row."""
+    w, count = random_weight(rows, columns, group), int(share * columns)
+    mask = torch.rand(rows, columns, device="cuda").argsort(dim=1) < count
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device="cuda")
+    zero = torch.full((rows,), 128, device="cuda")
+    return replace(w, salient=Salient.from_mask(mask, codes, w.scale[0, :, 0] / 64, zero, 8))
+
+
+def gemlite_multiply(w: BinaryWeight, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
+    """The same matrix in GemLite's packing: (code − ½) · 2·scale."""
+    import gemlite
+
+    kind = gemlite.DType.BF16 if dtype is torch.bfloat16 else gemlite.DType.FP16
+    rows, columns, groups = w.out_features, w.in_features, w.scale.shape[2]
+    linear = gemlite.GemLiteLinear(1, columns // groups, columns, rows, kind, kind)
+    codes = (unpack_signs(w.signs[0], columns) > 0).to(torch.uint8)
+    scale = 2 * w.scale[0].to(dtype).reshape(-1, 1)
+    linear.pack(codes.view(-1, columns // groups), scale, torch.full_like(scale, 0.5), None)
+    return linear
+
+
 def chain(multiplies: list[Callable[[torch.Tensor], Any]], inputs: list[torch.Tensor]) -> Callable[[], Any]:
     return lambda: [multiply(x) for multiply, x in zip(multiplies, inputs, strict=True)]
 
@@ -93,6 +119,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--single", action="store_true", help="also the seven linears of a block one by one")
+    parser.add_argument("--salient", type=float, help="also with this share of values at 8 bits, beside none")
+    parser.add_argument("--gemlite", action="store_true", help="also beside GemLite, if it is installed")
     parser.add_argument("--json")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -106,28 +134,51 @@ def main() -> None:
         theirs[tokens] = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
     del dense, inputs, run
     rows: list[Row] = []
-    for group in args.groups:
-        for shapes in (FUSED, SINGLE) if args.single else (FUSED,):
-            weights = [random_weight(n, k, group) for _ in range(args.layers) for n, k in shapes]
-            multiplies = [cuda.Multiplication(cuda.prepare(w.operands())) for w in weights]
-            packed_bytes = sum(w.nbytes for w in weights)
-            for tokens in args.tokens:
-                for weight, multiply in list(zip(weights, multiplies, strict=True))[: len(set(shapes)) + 1]:
-                    check(weight, multiply, tokens, dtype)
-                inputs = [torch.randn(tokens, w.in_features, device="cuda", dtype=dtype) for w in weights]
-                for mode in ("int8", "exact"):
-                    run = chain([lambda x, f=f, m=mode: f(x, m) for f in multiplies], inputs)
-                    ours = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
-                    form = "row scale" if group < 0 else f"group {group}"
-                    launches = f"{len(shapes)} × {args.layers}"
-                    work = (
-                        f"{'decode' if tokens < 64 else 'prefill'} {mode}, {tokens} tokens, {form}, {launches} linears"
+    plain: dict[str, float] = {}
+    for group, shapes, share in itertools.product(
+        args.groups, (FUSED, SINGLE) if args.single else (FUSED,), (None, args.salient) if args.salient else (None,)
+    ):
+        make = random_weight if share is None else functools.partial(salient_weight, share=share)
+        weights = [make(n, k, group) for _ in range(args.layers) for n, k in shapes]
+        multiplies = [cuda.Multiplication(cuda.prepare(w.operands())) for w in weights]
+        packed_bytes = sum(w.nbytes for w in weights)
+        for tokens in args.tokens:
+            for weight, multiply in list(zip(weights, multiplies, strict=True))[: len(set(shapes)) + 1]:
+                check(weight, multiply, tokens, dtype)
+            inputs = [torch.randn(tokens, w.in_features, device="cuda", dtype=dtype) for w in weights]
+            for mode in ("int8", "exact"):
+                run = chain([lambda x, f=f, m=mode: f(x, m) for f in multiplies], inputs)
+                ours = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
+                form = f"{tokens} tokens, {'row scale' if group < 0 else f'group {group}'}"
+                work = f"{'decode' if tokens < 64 else 'prefill'} {mode}, {form}, {len(shapes)} × {args.layers} linears"
+                if share is not None:
+                    rows.append(
+                        lower_is_better(f"{work}, {share:.0%} salient", ours, "none salient", plain[work], "ms")
                     )
-                    rows.append(lower_is_better(work, ours, "torch bfloat16", theirs[tokens], "ms"))
-                    share = packed_bytes / ours * 1e3 / copied
-                    if tokens < 64:
-                        rows.append(Row(f"{work}: bytes", share * copied / 1e9, "copy", copied / 1e9, share, "GB/s"))
-            del weights, multiplies, inputs, run
+                    continue
+                plain[work] = ours
+                rows.append(lower_is_better(work, ours, "torch bfloat16", theirs[tokens], "ms"))
+                if tokens < 64:
+                    read = packed_bytes / ours * 1e3
+                    rows.append(Row(f"{work}: bytes", read / 1e9, "copy", copied / 1e9, read / copied, "GB/s"))
+        if args.gemlite and share is None and shapes is FUSED:
+            import gemlite
+
+            peers = [gemlite_multiply(w, dtype) for w in weights]
+            for tokens in args.tokens:
+                inputs = [torch.randn(tokens, w.in_features, device="cuda", dtype=dtype) for w in weights]
+                for peer, w, x in list(zip(peers, weights, inputs, strict=True))[: len(set(shapes))]:
+                    want = reference.binary_linear(x.float(), w.operands(), "exact")
+                    if not (peer(x).float() - want).abs().max() <= 0.02 * want.abs().max():
+                        raise SystemExit("GemLite is off the reference; nothing is timed")
+                run = chain(peers, inputs)
+                took = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
+                name = f"GemLite {gemlite.__version__}"
+                for work, ours in plain.items():
+                    if f"{tokens} tokens, {'row scale' if group < 0 else f'group {group}'}, {len(shapes)} ×" in work:
+                        rows.append(lower_is_better(work, ours, name, took, "ms"))
+            del peers
+        del weights, multiplies, inputs, run
     show(rows, args.json)
 
 
