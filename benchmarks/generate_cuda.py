@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import torch
+import torch._inductor.config
 import transformers
 from transformers import StaticCache
 
@@ -148,10 +149,17 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="each compiles for half a minute"
     )
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument(
+        "--no-pdl", action="store_true", help="without programmatic dependent launch in inductor's kernels"
+    )
     parser.add_argument("--profile", action="store_true", help="also print what the kernels of a captured step take")
     parser.add_argument("--json")
     args = parser.parse_args()
+    # Kernels that inductor makes may begin before the one ahead of them has ended, as ours do; for both models.
+    torch._inductor.config.triton.enable_pdl = not args.no_pdl
     model = random_llama(SHAPES[args.shape], "cuda")
+    model.set_attn_implementation(args.attention)
     theirs = rates(model, args.ways, args.tokens, args.runs, args.profile)
     # In place, layer by layer: what the dense layers held is free again.
     signbit.quantize_(model, signbit.SignbitConfig(method="absmean", group=args.group, head="int8"))

@@ -161,6 +161,11 @@ def _tensor_name(name: str, place: int) -> str:
     return name if place == 0 else f"{name}_{place}"
 
 
+def offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the tensors of `module` for each call and takes them away after it."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
+
+
 def _in_forward_mode() -> bool:
     """Whether forward-mode derivatives are on: the kernels and our ops would lose them, torch's own ops do not."""
     return forward_ad._current_level >= 0
@@ -269,7 +274,7 @@ class PackedLinear(nn.Module):
         with _preparing:
             if self._multiplies != "undecided":
                 return self._reason
-            if getattr(getattr(self, "_hf_hook", None), "offload", False) or self._buffers["weight"].is_meta:  # type: ignore[union-attr]
+            if offloaded(self) or self._buffers["weight"].is_meta:  # type: ignore[union-attr]
                 return "its weights come and go (offloaded by accelerate)"
             self._reason = self._prepare()
             self._multiplies = "kernels" if self._reason is None else "reference"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from signbit import ops
-from signbit.linear import PackedLinear
+from signbit.linear import PackedLinear, offloaded
 from signbit.ops import Prepared, layout
 
 DEVICE = "cuda"
@@ -92,8 +92,11 @@ def find_siblings(model: nn.Module) -> list[list[str]]:
     """Names of the packed layers that are given the very same tensor, in the order in which they are called.
 
     One token goes through the model as a fake tensor: shapes without values, nothing is computed. A model whose way
-    depends on values cannot be followed so, and has none.
+    depends on values cannot be followed so, and has none; nor has one of which parts are offloaded, for what brings them
+    would put fake tensors in their place.
     """
+    if any(map(offloaded, model.modules())):
+        return []
     given: dict[tuple[int, int], list[str]] = {}
     kept: list[Tensor] = []  # lest an id is given twice
 

@@ -15,7 +15,7 @@
 //   SIMPLE    1 if one plane, whose columns all lie prepared at once, is the whole product
 //   TERMS     1 if there are input scales, shifts or salient values
 //   UNPACK    instead of all these: the kernels around the dense product that many tokens take
-//   HEAD      instead of all these: the int8 matrix, with float activations (HEAD=0) or int8 ones (HEAD=1)
+//   HEAD      instead of all these but ONE: the int8 matrix, with float activations (HEAD=0) or int8 ones (HEAD=1)
 //
 // Dims: N rows, K columns, G groups of `width` columns, P planes, T tokens. A row tile is 16 rows, a column tile 256
 // columns. Signs lie as the matrix units take them (layout.lay_tiles): [P][row tile][column tile][lane][4 words], a set
@@ -31,7 +31,9 @@ typedef unsigned long long u64;
 #ifndef MODE
 #define MODE 0
 #define COLUMNS 1
+#ifndef ONE
 #define ONE 1
+#endif
 #define X_TYPE 0
 #define VECTORS 0
 #define SHARED_SCALES 0
@@ -441,71 +443,105 @@ __device__ __forceinline__ float scale_of(const Arguments &a, const Plan &plan, 
 }
 
 #if TERMS || defined(UNPACK)
-// Calls visit(column, its number among all salient values) for row n's salient values in columns [begin, end), both
-// multiples of 256 or K; all lanes of a warp together.
-template <class Visit>
-__device__ __forceinline__ void salient_row(const Arguments &a, int n, int begin, int end, Visit visit) {
-  const int lane = threadIdx.x % 32, blocks = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
-  u32 base = a.starts[n];
-  if (a.counts != 0) {
-    for (int first = 0; first < blocks; first += 32) {
-      const int own = first + lane < blocks ? a.counts[(long long)n * blocks + first + lane] : 0;
-      for (int j = 0; j < 32 && first + j < blocks; j++) {
-        const int count = __shfl_sync(~0u, own, j), column = (first + j) * 256;
-        if (column >= begin && column < end)
-          for (int i = lane; i < count; i += 32) visit(column + a.positions[base + i], base + i);
-        base += count;
-      }
-    }
-    return;
-  }
-  for (int first = 0; first < width; first += 32) {
-    const u32 own = first + lane < width ? a.positions[(long long)n * width + first + lane] : 0;
-    u32 before = __popc(own);
-    for (int step = 1; step < 32; step *= 2) {
-      const u32 other = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += other;
-    }
-    u32 at = base + before - __popc(own);
-    base += __shfl_sync(~0u, before, 31);
-    if (first * 8 >= begin && first * 8 < end)
-      for (u32 left = own; left != 0; left &= left - 1) visit((first + lane) * 8 + __ffs(left) - 1, at++);
-  }
-}
-
-__device__ __forceinline__ float salient_value(const Arguments &a, int n, u32 e) {
+__device__ __forceinline__ u32 salient_code(const Arguments &a, u32 e) {
+  if (a.salient_bits == 8) return a.codes[e];
   const u64 bit = (u64)e * a.salient_bits;
   const u8 *byte = a.codes + bit / 8;
   const int in_byte = bit % 8;
   u32 code = byte[0] >> in_byte;
   if (in_byte + a.salient_bits > 8) code |= u32(byte[1]) << (8 - in_byte);
-  code &= (1u << a.salient_bits) - 1;
-  return __fmul_rn(load(a.salient_scale, n, FLOAT_TYPE(a)), float(int(code) - int(a.zeros[n])));
+  return code & ((1u << a.salient_bits) - 1);
 }
+
+// Calls visit(column, code) for row n's salient values in columns [begin, end), both multiples of 256 or K; all lanes of
+// a warp together.
+template <class Visit>
+__device__ __forceinline__ void salient_row(const Arguments &a, int n, int begin, int end, Visit visit) {
+  const int lane = threadIdx.x % 32, blocks = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
+  u32 base = a.starts[n];
+  auto sums_before = [&](u32 own) { // of the lanes ahead; `base` moves on
+    u32 sum = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += other;
+    }
+    const u32 before = base + sum - own;
+    base += __shfl_sync(~0u, sum, 31);
+    return before;
+  };
+  if (a.counts != 0) {
+    // Sections of 256 columns, some at a time, so that their loads do not wait for each other.
+    constexpr int SOME = ONE ? 8 : 4;
+    for (int first = 0; first < blocks; first += 32) {
+      const int own = first + lane < blocks ? a.counts[(long long)n * blocks + first + lane] : 0;
+      const u32 start = sums_before(own);
+      const int last = min(min(32, blocks - first), (end + 255) / 256 - first);
+      for (int j0 = max(0, begin / 256 - first); j0 < last; j0 += SOME) {
+        int count[SOME];
+        u32 position[SOME], code[SOME];
+#pragma unroll
+        for (int u = 0; u < SOME; u++) {
+          const u32 at = __shfl_sync(~0u, start, (j0 + u) % 32) + lane;
+          count[u] = __shfl_sync(~0u, own, (j0 + u) % 32);
+          if (j0 + u >= last) count[u] = 0;
+          if (lane < count[u]) position[u] = a.positions[at], code[u] = salient_code(a, at);
+        }
+#pragma unroll
+        for (int u = 0; u < SOME; u++)
+          if (lane < count[u]) visit((first + j0 + u) * 256 + position[u], code[u]);
+      }
+      if (__any_sync(~0u, own > 32))
+        for (int j = max(0, begin / 256 - first); j < last; j++) {
+          const int count = __shfl_sync(~0u, own, j);
+          const u32 at = __shfl_sync(~0u, start, j);
+          for (int i = lane + 32; i < count; i += 32) visit((first + j) * 256 + a.positions[at + i], salient_code(a, at + i));
+        }
+    }
+    return;
+  }
+  for (int first = 0; first < width; first += 32) {
+    const u32 own = first + lane < width ? a.positions[(long long)n * width + first + lane] : 0;
+    u32 at = sums_before(__popc(own));
+    if (first * 8 >= begin && first * 8 < end)
+      for (u32 left = own; left != 0; left &= left - 1) visit((first + lane) * 8 + __ffs(left) - 1, salient_code(a, at++));
+  }
+}
+
+// Row n's value of a code.
+struct SalientRow {
+  float scale;
+  int zero;
+  __device__ __forceinline__ SalientRow(const Arguments &a, int n)
+      : scale(load(a.salient_scale, n, FLOAT_TYPE(a))), zero(a.zeros[n]) {}
+  __device__ __forceinline__ float operator()(u32 code) const { return __fmul_rn(scale, float(int(code) - zero)); }
+};
 #endif
 
 #if TERMS
 // Salient values take the place of what stands at their positions. There all sign bits say −1 and the shifts are as
 // everywhere: that much is taken back, of the activations that are prepared now, and the values meet x itself.
 __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end) {
+  constexpr int MOST = ONE ? 1 : TOKENS;
   const int lane = threadIdx.x % 32;
   const bool whole = plane < 0 || (plane == 0 && a.in_scale == 0);
   for (int row = threadIdx.x / 32; row < plan.tiles * 16; row += WARPS) {
     const int n = plan.first * 16 + row, tile = plan.first + row / 16;
     if (n >= a.rows) break;
-    float sums[TOKENS], plain[TOKENS];
-    for (int t = 0; t < TOKENS; t++) sums[t] = plain[t] = 0;
-    salient_row(a, n, begin, end, [&](int column, u32 e) {
-      const int group = a.groups == 1 ? 0 : column / a.width;
-      float factor = plane >= 0 ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : 0;
+    const SalientRow value(a, n);
+    const float one_scale = plane >= 0 && !GROUPED ? scale_of(a, plan, s, plane, row / 16, 0, row % 16) : 0;
+    float sums[MOST], plain[MOST];
+    for (int t = 0; t < MOST; t++) sums[t] = plain[t] = 0;
+    salient_row(a, n, begin, end, [&](int column, u32 code) {
+      const int group = GROUPED ? column / a.width : 0;
+      float factor = plane >= 0 && GROUPED ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : one_scale;
       if (whole) {
-        factor += salient_value(a, n, e);
+        factor += value(code);
         if (a.shift != 0) factor -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
       }
       const float shift = whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
 #pragma unroll
-      for (int t = 0; t < TOKENS; t++)
-        if (t < a.tokens) {
+      for (int t = 0; t < MOST; t++)
+        if (ONE || t < a.tokens) {
           sums[t] += factor * activation(plan, s, t, column - begin);
           if (shift != 0) {
             const long long at = (long long)t * a.columns + column;
@@ -515,8 +551,8 @@ __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &
         }
     });
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++)
-      if (t < a.tokens) {
+    for (int t = 0; t < MOST; t++)
+      if (ONE || t < a.tokens) {
         float sum = INT8 ? sums[t] * (s.step[t] / 127.0f) - plain[t] : sums[t] - plain[t];
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         if (lane == 0) s.result[row * WIDE + t] += sum;
@@ -706,7 +742,7 @@ struct HeadArguments {
 };
 
 // y = x · (scale ∘ codes)ᵀ for up to 16 tokens with int8 activations, for one with floats; a warp takes a row at a time.
-extern "C" __global__ void __launch_bounds__(256) head(const HeadArguments a) {
+extern "C" __global__ void __launch_bounds__(256, ONE ? 4 : 1) head(const HeadArguments a) {
   extern __shared__ __align__(128) u8 memory[];
   float *row = (float *)memory, *step = row + 16;
   u8 *prepared = memory + 256;
@@ -745,19 +781,21 @@ extern "C" __global__ void __launch_bounds__(256) head(const HeadArguments a) {
     ((float *)prepared)[((k / 512 * 4 + k / 4 % 4) * 32 + k / 16 % 32) * 4 + k % 4] = read(0, k);
   __syncthreads();
 #endif
-  const int vectors = a.columns / 16;
+  const int vectors = a.columns / 16, tokens = ONE ? 1 : a.tokens;
   for (int n = blockIdx.x * 8 + warp; n < a.rows; n += gridDim.x * 8) {
     const uint4 *codes = a.codes + (long long)n * vectors;
+    const float scale = load(a.scale, n, a.float_type);
 #if HEAD
-    int sums[16];
+    constexpr int MOST = ONE ? 1 : 16;
+    int sums[MOST];
 #pragma unroll
-    for (int t = 0; t < 16; t++) sums[t] = 0;
-#pragma unroll 4
+    for (int t = 0; t < MOST; t++) sums[t] = 0;
+#pragma unroll 8
     for (int v = lane; v < vectors; v += 32) {
       const uint4 c = codes[v];
 #pragma unroll
-      for (int t = 0; t < 16; t++)
-        if (t < a.tokens) {
+      for (int t = 0; t < MOST; t++)
+        if (t < tokens) {
           const uint4 q = *(const uint4 *)(prepared + t * a.columns + v * 16);
           sums[t] = __dp4a((int)c.x, (int)q.x, sums[t]);
           sums[t] = __dp4a((int)c.y, (int)q.y, sums[t]);
@@ -766,11 +804,10 @@ extern "C" __global__ void __launch_bounds__(256) head(const HeadArguments a) {
         }
     }
 #pragma unroll
-    for (int t = 0; t < 16; t++)
-      if (t < a.tokens) {
-        for (int s = 16; s > 0; s /= 2) sums[t] += __shfl_xor_sync(~0u, sums[t], s);
-        if (lane == 0)
-          store(a.y, (long long)t * a.rows + n, float(sums[t]) * (load(a.scale, n, a.float_type) * step[t]), a.x_type);
+    for (int t = 0; t < MOST; t++)
+      if (t < tokens) {
+        sums[t] = __reduce_add_sync(~0u, sums[t]);
+        if (lane == 0) store(a.y, (long long)t * a.rows + n, float(sums[t]) * (scale * step[t]), a.x_type);
       }
 #else
     float sum = 0;
@@ -786,7 +823,7 @@ extern "C" __global__ void __launch_bounds__(256) head(const HeadArguments a) {
       }
     }
     for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
-    if (lane == 0) store(a.y, n, sum * load(a.scale, n, a.float_type), a.x_type);
+    if (lane == 0) store(a.y, n, sum * scale, a.x_type);
 #endif
   }
 }
@@ -1159,8 +1196,9 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
 extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a) {
   const int n = blockIdx.x * 8 + threadIdx.x / 32;
   if (n >= a.rows) return;
-  salient_row(a, n, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 e) {
-    store(a.y, (long long)n * a.columns + column, salient_value(a, n, e), a.x_type);
+  const SalientRow value(a, n);
+  salient_row(a, n, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
+    store(a.y, (long long)n * a.columns + column, value(code), a.x_type);
   });
 }
 #endif

@@ -326,10 +326,11 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Te
     rows = codes.shape[0]
     y = x.new_empty((*x.shape[:-1], rows))
     with torch.cuda.device(x.device):
-        kernel = _kernel(x.device.index, "head", (f"HEAD={int(activations == 'int8')}",), True)
+        at_once = tokens if activations == "int8" else 1
+        macros = (f"HEAD={int(activations == 'int8')}", f"ONE={int(at_once == 1)}")
+        kernel = _kernel(x.device.index, "head", macros, True)
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         stream = torch.cuda.current_stream().cuda_stream
-        at_once = tokens if activations == "int8" else 1
         for first in range(0, tokens, at_once):
             arguments = _HeadArguments(
                 codes.data_ptr(), scale.data_ptr(), x.data_ptr() + first * columns * x.element_size(),
@@ -337,7 +338,9 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Te
                 FLOATS[x.dtype],
             )  # fmt: skip
             shared_bytes = columns * at_once if activations == "int8" else -(-columns // 512) * 2048
-            kernel.launch(min(processors * 2, -(-rows // 8)), 256, shared_bytes + 256, stream, arguments)
+            kernel.launch(
+                min(processors * (4 if at_once == 1 else 2), -(-rows // 8)), 256, shared_bytes + 256, stream, arguments
+            )
     return y
 
 
