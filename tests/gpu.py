@@ -1,10 +1,12 @@
 """All tests that need a GPU, on a machine that has one, in one go and with one summary: python -m tests.gpu [FOLDER]
 
-The parts run side by side, each with its whole output in FOLDER. It needs pytest, torch and transformers, no installed
-signbit (PYTHONPATH=src) and no pytest plugin.
+The parts run side by side, each with its whole output in FOLDER. With compute-sanitizer on the PATH two of them run some
+tests of each kernel again, under memcheck and under racecheck; without it the summary says that they did not. It needs
+pytest, torch and transformers, no installed signbit (PYTHONPATH=src) and no pytest plugin.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,8 +18,20 @@ PARTS = {
     "kernels": (["tests/ops"], ""),
     "laws on random inputs": (["tests/laws"], "random or int8_activations"),
     "other laws, faults": (["tests/laws", "tests/faults"], "not random and not int8_activations"),
-    "calibration and models": (["tests/hub", "tests/methods", "tests/ptq"], ""),
+    "calibration and models": (["tests/hub", "tests/methods", "tests/models", "tests/ptq"], ""),
 }
+KERNELS = ("linear", "head", "quantize", "finish", "unpack", "unpack_signs", "put_salient")
+#: What each of them is run by under a sanitizer: one and several tokens of all terms, dense products, odd sizes, heads.
+SANITIZED = [
+    *(
+        f"tests/ops/test_cuda.py::test_every_number_of_tokens[{kind}-{tokens}]"
+        for kind in ("row", "group", "all", "salient_offsets", "shared_signs", "in_shift")
+        for tokens in (1, 7, 16, 33)
+    ),
+    "tests/ops/test_cuda.py::test_sizes[row-300-11008]",
+    "tests/ops/test_cuda.py::test_sizes[salient_bitmap-129-999]",
+    "tests/ops/test_cuda.py::test_the_head",
+]
 
 
 def main() -> int:
@@ -33,14 +47,20 @@ def main() -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ROOT, "-p", "no:cacheprovider"]
     command += ["-m", "gpu", "-W", "ignore::pytest.PytestUnknownMarkWarning"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    commands = {
+        name: [*command, *paths, *(["-k", choice] if choice else [])] for name, (paths, choice) in PARTS.items()
+    }
+    if shutil.which("compute-sanitizer"):
+        only = [part for kernel in KERNELS for part in ("--kernel-name", f"kernel_name={kernel}")]
+        for tool in ("memcheck", "racecheck"):
+            sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *only]
+            commands[tool] = [*sanitizer, *command, *SANITIZED]
+    else:
+        print("compute-sanitizer is not on the PATH: memory and races are not checked")
     running = {}
-    for name, (paths, choice) in PARTS.items():
+    for name, line in commands.items():
         log = (folder / f"{name.replace(' ', '_').replace(',', '')}.txt").open("w")
-        more = ["-k", choice] if choice else []
-        running[name] = (
-            log,
-            subprocess.Popen([*command, *paths, *more], cwd=ROOT, env=environment, stdout=log, stderr=log),
-        )
+        running[name] = (log, subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log, stderr=log))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, output in {folder}")
     worst = 0
     for name, (log, process) in running.items():
@@ -49,7 +69,7 @@ def main() -> int:
         lines = Path(log.name).read_text().splitlines()
         print(f"{name}: {lines[-1] if lines else 'nothing'}")
         for line in lines:
-            if line.startswith(("FAILED", "ERROR")):
+            if line.startswith(("FAILED", "ERROR ", "========= Error", "========= Invalid")):
                 print(f"  {line[:200]}")
     return min(worst, 1)
 

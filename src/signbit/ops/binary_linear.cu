@@ -444,7 +444,6 @@ __device__ __forceinline__ float scale_of(const Arguments &a, const Plan &plan, 
 
 #if TERMS || defined(UNPACK)
 __device__ __forceinline__ u32 salient_code(const Arguments &a, u32 e) {
-  if (a.salient_bits == 8) return a.codes[e];
   const u64 bit = (u64)e * a.salient_bits;
   const u8 *byte = a.codes + bit / 8;
   const int in_byte = bit % 8;
@@ -453,57 +452,81 @@ __device__ __forceinline__ u32 salient_code(const Arguments &a, u32 e) {
   return code & ((1u << a.salient_bits) - 1);
 }
 
-// Calls visit(column, code) for row n's salient values in columns [begin, end), both multiples of 256 or K; all lanes of
-// a warp together.
-template <class Visit>
-__device__ __forceinline__ void salient_row(const Arguments &a, int n, int begin, int end, Visit visit) {
-  const int lane = threadIdx.x % 32, blocks = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
-  u32 base = a.starts[n];
-  auto sums_before = [&](u32 own) { // of the lanes ahead; `base` moves on
-    u32 sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const u32 other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
-    const u32 before = base + sum - own;
-    base += __shfl_sync(~0u, sum, 31);
-    return before;
-  };
-  if (a.counts != 0) {
-    // Sections of 256 columns, some at a time, so that their loads do not wait for each other.
-    constexpr int SOME = ONE ? 8 : 4;
-    for (int first = 0; first < blocks; first += 32) {
-      const int own = first + lane < blocks ? a.counts[(long long)n * blocks + first + lane] : 0;
-      const u32 start = sums_before(own);
-      const int last = min(min(32, blocks - first), (end + 255) / 256 - first);
-      for (int j0 = max(0, begin / 256 - first); j0 < last; j0 += SOME) {
-        int count[SOME];
-        u32 position[SOME], code[SOME];
-#pragma unroll
-        for (int u = 0; u < SOME; u++) {
-          const u32 at = __shfl_sync(~0u, start, (j0 + u) % 32) + lane;
-          count[u] = __shfl_sync(~0u, own, (j0 + u) % 32);
-          if (j0 + u >= last) count[u] = 0;
-          if (lane < count[u]) position[u] = a.positions[at], code[u] = salient_code(a, at);
-        }
-#pragma unroll
-        for (int u = 0; u < SOME; u++)
-          if (lane < count[u]) visit((first + j0 + u) * 256 + position[u], code[u]);
-      }
-      if (__any_sync(~0u, own > 32))
-        for (int j = max(0, begin / 256 - first); j < last; j++) {
-          const int count = __shfl_sync(~0u, own, j);
-          const u32 at = __shfl_sync(~0u, start, j);
-          for (int i = lane + 32; i < count; i += 32) visit((first + j) * 256 + a.positions[at + i], salient_code(a, at + i));
-        }
-    }
-    return;
+// Bytes from any address on, four at a time, by loads of whole words; one word ahead, and none beyond the last byte.
+struct Bytes {
+  const u32 *next, *end;
+  u32 current, following;
+  int shift;
+  __device__ __forceinline__ u32 load() { return next < end ? *next++ : 0; }
+  __device__ __forceinline__ Bytes(const u8 *from, u32 count) {
+    const u64 address = (u64)from;
+    next = (const u32 *)(address & ~3ull), end = (const u32 *)((address + count + 3) & ~3ull);
+    shift = int(address & 3) * 8;
+    current = load(), following = load();
   }
-  for (int first = 0; first < width; first += 32) {
-    const u32 own = first + lane < width ? a.positions[(long long)n * width + first + lane] : 0;
-    u32 at = sums_before(__popc(own));
-    if (first * 8 >= begin && first * 8 < end)
-      for (u32 left = own; left != 0; left &= left - 1) visit((first + lane) * 8 + __ffs(left) - 1, salient_code(a, at++));
+  __device__ __forceinline__ u32 four() {
+    const u32 bytes = __funnelshift_r(current, following, shift);
+    current = following, following = load();
+    return bytes;
+  }
+};
+
+// So many lanes share a row's salient values: a power of two.
+__device__ __forceinline__ int salient_lanes(const Arguments &a) {
+  int lanes = 32;
+  while (lanes / 2 >= (a.columns + 255) / 256) lanes /= 2;
+  return lanes;
+}
+
+// Calls visit(column, code), with rising columns, for the salient values in columns [begin, end), both multiples of 256 or K,
+// of row n, if it is `there`. A lane takes a section of 256 columns at a time: what comes one after the other in memory
+// costs few instructions so. All lanes of a warp come here together, 32 / `lanes` rows.
+template <class Visit>
+__device__ __forceinline__ void salient_row(const Arguments &a, int n, bool there, int lanes, int begin, int end,
+                                            Visit visit) {
+  const int lane = threadIdx.x % lanes, sections = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
+  u32 base = there ? a.starts[n] : 0;
+  for (int first = 0; first < sections; first += lanes) {
+    const int section = first + lane;
+    const bool mine = there && section < sections;
+    const u8 *bitmap = a.positions + (long long)n * width + section * 32;
+    u32 own = 0;
+    if (mine && a.counts != 0) own = a.counts[(long long)n * sections + section];
+    if (mine && a.counts == 0) {
+      Bytes bytes(bitmap, min(32, width - section * 32));
+      for (int byte = 0; byte < min(32, width - section * 32); byte += 4) own += __popc(bytes.four());
+    }
+    u32 before = own;
+    for (int step = 1; step < lanes; step *= 2) {
+      const u32 other = __shfl_up_sync(~0u, before, step, lanes);
+      if (lane >= step) before += other;
+    }
+    const u32 at = base + before - own;
+    base += __shfl_sync(~0u, before, lanes - 1, lanes);
+    if (!mine || own == 0 || section * 256 < begin || section * 256 >= end) continue;
+    const bool whole_bytes = a.salient_bits == 8;
+    Bytes codes(whole_bytes ? a.codes + at : 0, whole_bytes ? own : 0);
+    u32 four = 0;
+    auto code_of = [&](u32 e) { // e counts up
+      if (!whole_bytes) return salient_code(a, at + e);
+      four = e % 4 == 0 ? codes.four() : four >> 8;
+      return four & 255;
+    };
+    if (a.counts != 0) {
+      Bytes positions(a.positions + at, own);
+      for (u32 e = 0; e < own; e += 4) {
+        const u32 some = positions.four();
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (e + i < own) visit(section * 256 + (some >> 8 * i & 255), code_of(e + i));
+      }
+    } else {
+      Bytes bytes(bitmap, min(32, width - section * 32));
+      u32 e = 0;
+      for (int byte = 0; byte < 32 && e < own; byte += 4)
+        for (u32 left = bytes.four(); left != 0 && e < own; left &= left - 1, e++)
+          visit(section * 256 + byte * 8 + __ffs(left) - 1, code_of(e));
+    }
   }
 }
 
@@ -522,22 +545,26 @@ struct SalientRow {
 // everywhere: that much is taken back, of the activations that are prepared now, and the values meet x itself.
 __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end) {
   constexpr int MOST = ONE ? 1 : TOKENS;
-  const int lane = threadIdx.x % 32;
+  const int lanes = salient_lanes(a), rows = 32 / lanes;
   const bool whole = plane < 0 || (plane == 0 && a.in_scale == 0);
-  for (int row = threadIdx.x / 32; row < plan.tiles * 16; row += WARPS) {
-    const int n = plan.first * 16 + row, tile = plan.first + row / 16;
-    if (n >= a.rows) break;
-    const SalientRow value(a, n);
-    const float one_scale = plane >= 0 && !GROUPED ? scale_of(a, plan, s, plane, row / 16, 0, row % 16) : 0;
+  for (int row0 = threadIdx.x / 32 * rows; row0 < plan.tiles * 16; row0 += WARPS * rows) {
+    const int row = row0 + threadIdx.x % 32 / lanes, n = plan.first * 16 + row, tile = plan.first + row / 16;
+    const bool there = row < plan.tiles * 16 && n < a.rows;
+    const SalientRow value(a, there ? n : 0);
+    // −shift and the plane's scale, which stand in all that is taken back of a group.
+    int group = -1, group_end = 0;
+    float rest = 0;
     float sums[MOST], plain[MOST];
     for (int t = 0; t < MOST; t++) sums[t] = plain[t] = 0;
-    salient_row(a, n, begin, end, [&](int column, u32 code) {
-      const int group = GROUPED ? column / a.width : 0;
-      float factor = plane >= 0 && GROUPED ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : one_scale;
-      if (whole) {
-        factor += value(code);
-        if (a.shift != 0) factor -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
+    salient_row(a, n, there, lanes, begin, end, [&](int column, u32 code) {
+      if (column >= group_end) {
+        group = GROUPED ? column / a.width : 0;
+        group_end = GROUPED ? (group + 1) * a.width : a.columns;
+        rest = plane >= 0 ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : 0;
+        if (whole && a.shift != 0)
+          rest -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
       }
+      const float factor = whole ? rest + value(code) : rest;
       const float shift = whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
 #pragma unroll
       for (int t = 0; t < MOST; t++)
@@ -554,8 +581,8 @@ __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &
     for (int t = 0; t < MOST; t++)
       if (ONE || t < a.tokens) {
         float sum = INT8 ? sums[t] * (s.step[t] / 127.0f) - plain[t] : sums[t] - plain[t];
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        if (lane == 0) s.result[row * WIDE + t] += sum;
+        for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (there && threadIdx.x % lanes == 0) s.result[row * WIDE + t] += sum;
       }
   }
 }
@@ -1197,7 +1224,7 @@ extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a)
   const int n = blockIdx.x * 8 + threadIdx.x / 32;
   if (n >= a.rows) return;
   const SalientRow value(a, n);
-  salient_row(a, n, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
+  salient_row(a, n, true, 32, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
     store(a.y, (long long)n * a.columns + column, value(code), a.x_type);
   });
 }
