@@ -13,7 +13,8 @@
 //   GROUPED   1 if a row has several scales
 //   STAGES    tiles of 512 bytes that a warp fetches ahead
 //   SIMPLE    1 if one plane, whose columns all lie prepared at once, is the whole product
-//   TERMS     1 if there are input scales, shifts or salient values
+//   TERMS     1 if there are input scales, shifts or salient values;  STAGED  1 if salient offsets and codes of 8 bits are
+//             brought into shared memory, where a warp has STAGED_BYTES for each
 //   UNPACK    instead of all these: the kernels around the dense product that many tokens take
 //   HEAD      instead of all these but ONE: the int8 matrix, with float activations (HEAD=0) or int8 ones (HEAD=1)
 //
@@ -41,7 +42,9 @@ typedef unsigned long long u64;
 #define TERMS 0
 #define SIMPLE 0
 #define STAGES 4
+#define STAGED 0
 #endif
+#define STAGED_BYTES 1280
 #ifdef SCALES
 #define FLOAT_TYPE(a) SCALES
 #else
@@ -181,6 +184,7 @@ struct Shared {
   float *group_sums; // [T][G]
   float *step, *dot; // [TOKENS] each
   float *row;       // [3][WARPS]
+  u8 *staged;       // STAGED: the warp's own, [2][2][STAGED_BYTES] offsets and codes, in turns
 };
 
 #define WIDE (ONE ? 1 : TOKENS)
@@ -471,6 +475,18 @@ struct Bytes {
   }
 };
 
+// The bits of a section of a bitmap, 32 at a time; none beyond its last byte, where the next row begins.
+struct Bits {
+  Bytes bytes;
+  int left;
+  __device__ __forceinline__ Bits(const u8 *from, int count) : bytes(from, count), left(count) {}
+  __device__ __forceinline__ u32 next() {
+    const u32 word = bytes.four(), some = left < 4 ? word & (1u << left * 8) - 1 : word;
+    left -= 4;
+    return some;
+  }
+};
+
 // So many lanes share a row's salient values: a power of two.
 __device__ __forceinline__ int salient_lanes(const Arguments &a) {
   int lanes = 32;
@@ -480,10 +496,11 @@ __device__ __forceinline__ int salient_lanes(const Arguments &a) {
 
 // Calls visit(column, code), with rising columns, for the salient values in columns [begin, end), both multiples of 256 or K,
 // of row n, if it is `there`. A lane takes a section of 256 columns at a time: what comes one after the other in memory
-// costs few instructions so. All lanes of a warp come here together, 32 / `lanes` rows.
+// costs few instructions so. All lanes of a warp come here together, 32 / `lanes` rows. `offsets` and `whole_codes` are where
+// all of these lie, or seem to: of those that are not asked for nothing is read.
 template <class Visit>
-__device__ __forceinline__ void salient_row(const Arguments &a, int n, bool there, int lanes, int begin, int end,
-                                            Visit visit) {
+__device__ __forceinline__ void salient_row(const Arguments &a, const u8 *offsets, const u8 *whole_codes, int n, bool there,
+                                            int lanes, int begin, int end, Visit visit) {
   const int lane = threadIdx.x % lanes, sections = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
   u32 base = there ? a.starts[n] : 0;
   for (int first = 0; first < sections; first += lanes) {
@@ -492,10 +509,8 @@ __device__ __forceinline__ void salient_row(const Arguments &a, int n, bool ther
     const u8 *bitmap = a.positions + (long long)n * width + section * 32;
     u32 own = 0;
     if (mine && a.counts != 0) own = a.counts[(long long)n * sections + section];
-    if (mine && a.counts == 0) {
-      Bytes bytes(bitmap, min(32, width - section * 32));
-      for (int byte = 0; byte < min(32, width - section * 32); byte += 4) own += __popc(bytes.four());
-    }
+    if (mine && a.counts == 0)
+      for (Bits bits(bitmap, min(32, width - section * 32)); bits.left > 0;) own += __popc(bits.next());
     u32 before = own;
     for (int step = 1; step < lanes; step *= 2) {
       const u32 other = __shfl_up_sync(~0u, before, step, lanes);
@@ -505,7 +520,7 @@ __device__ __forceinline__ void salient_row(const Arguments &a, int n, bool ther
     base += __shfl_sync(~0u, before, lanes - 1, lanes);
     if (!mine || own == 0 || section * 256 < begin || section * 256 >= end) continue;
     const bool whole_bytes = a.salient_bits == 8;
-    Bytes codes(whole_bytes ? a.codes + at : 0, whole_bytes ? own : 0);
+    Bytes codes(whole_bytes ? whole_codes + at : 0, whole_bytes ? own : 0);
     u32 four = 0;
     auto code_of = [&](u32 e) { // e counts up
       if (!whole_bytes) return salient_code(a, at + e);
@@ -513,7 +528,7 @@ __device__ __forceinline__ void salient_row(const Arguments &a, int n, bool ther
       return four & 255;
     };
     if (a.counts != 0) {
-      Bytes positions(a.positions + at, own);
+      Bytes positions(offsets + at, own);
       for (u32 e = 0; e < own; e += 4) {
         const u32 some = positions.four();
 #pragma unroll
@@ -521,11 +536,10 @@ __device__ __forceinline__ void salient_row(const Arguments &a, int n, bool ther
           if (e + i < own) visit(section * 256 + (some >> 8 * i & 255), code_of(e + i));
       }
     } else {
-      Bytes bytes(bitmap, min(32, width - section * 32));
       u32 e = 0;
-      for (int byte = 0; byte < 32 && e < own; byte += 4)
-        for (u32 left = bytes.four(); left != 0 && e < own; left &= left - 1, e++)
-          visit(section * 256 + byte * 8 + __ffs(left) - 1, code_of(e));
+      int column = section * 256;
+      for (Bits bits(bitmap, min(32, width - section * 32)); bits.left > 0; column += 32)
+        for (u32 some = bits.next(); some != 0; some &= some - 1) visit(column + __ffs(some) - 1, code_of(e++));
     }
   }
 }
@@ -541,22 +555,67 @@ struct SalientRow {
 #endif
 
 #if TERMS
+#if STAGED
+// Offsets and codes of the salient values [from, to), which lie side by side, on their way to a warp's shared memory.
+struct Staging {
+  const u8 *offsets, *codes; // as if all of them lay there
+  __device__ __forceinline__ void fetch(const Arguments &a, u8 *to, u32 from, u32 end) {
+    offsets = a.positions, codes = a.codes;
+    if (end - from + 8 <= STAGED_BYTES) {
+      offsets = part(a.positions, to, from, end);
+      codes = part(a.codes, to + STAGED_BYTES, from, end);
+    }
+    copies_end();
+  }
+
+ private:
+  __device__ __forceinline__ const u8 *part(const u8 *all, u8 *to, u32 from, u32 end) {
+    const u64 first = (u64)(all + from) & ~3ull, words = ((u64)(all + end) - first + 3) / 4;
+    for (u32 i = threadIdx.x % 32; i < words; i += 32)
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to + i * 4)),
+                   "l"(first + i * 4)
+                   : "memory");
+    return to - (first - (u64)all);
+  }
+};
+#endif
+
 // Salient values take the place of what stands at their positions. There all sign bits say −1 and the shifts are as
 // everywhere: that much is taken back, of the activations that are prepared now, and the values meet x itself.
 __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end) {
   constexpr int MOST = ONE ? 1 : TOKENS;
   const int lanes = salient_lanes(a), rows = 32 / lanes;
   const bool whole = plane < 0 || (plane == 0 && a.in_scale == 0);
-  for (int row0 = threadIdx.x / 32 * rows; row0 < plan.tiles * 16; row0 += WARPS * rows) {
+  const int end_row = min(plan.tiles * 16, a.rows - plan.first * 16), first_row = threadIdx.x / 32 * rows;
+#if STAGED
+  Staging now, next;
+  const u32 *starts = a.starts + plan.first * 16;
+  if (first_row < end_row) next.fetch(a, s.staged, starts[first_row], starts[min(first_row + rows, end_row)]);
+  int turn = 0;
+#endif
+  for (int row0 = first_row; row0 < end_row; row0 += WARPS * rows) {
+#if STAGED
+    now = next;
+    turn ^= 1;
+    const int then = row0 + WARPS * rows;
+    if (then < end_row)
+      next.fetch(a, s.staged + turn * 2 * STAGED_BYTES, starts[then], starts[min(then + rows, end_row)]);
+    else copies_end();
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+    const u8 *const offsets = now.offsets, *const codes = now.codes;
+#else
+    const u8 *const offsets = a.positions, *const codes = a.codes;
+#endif
     const int row = row0 + threadIdx.x % 32 / lanes, n = plan.first * 16 + row, tile = plan.first + row / 16;
-    const bool there = row < plan.tiles * 16 && n < a.rows;
+    const bool there = row < end_row;
     const SalientRow value(a, there ? n : 0);
     // −shift and the plane's scale, which stand in all that is taken back of a group.
     int group = -1, group_end = 0;
     float rest = 0;
     float sums[MOST], plain[MOST];
     for (int t = 0; t < MOST; t++) sums[t] = plain[t] = 0;
-    salient_row(a, n, there, lanes, begin, end, [&](int column, u32 code) {
+    salient_row(a, offsets, codes, n, there, lanes, begin, end, [&](int column, u32 code) {
       if (column >= group_end) {
         group = GROUPED ? column / a.width : 0;
         group_end = GROUPED ? (group + 1) * a.width : a.columns;
@@ -584,6 +643,7 @@ __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &
         for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         if (there && threadIdx.x % lanes == 0) s.result[row * WIDE + t] += sum;
       }
+    __syncwarp(); // before the next but one is copied to where these lie
   }
 }
 #endif
@@ -904,6 +964,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
   s.step = (float *)take(16 * 4);
   s.dot = (float *)take(16 * 4);
   s.row = (float *)take(3 * WARPS * 4);
+  s.staged = take(STAGED ? WARPS * 4 * STAGED_BYTES : 0) + (STAGED ? warp * 4 * STAGED_BYTES : 0);
 
   Walk ahead;
   ahead.begin(plan);
@@ -1224,7 +1285,7 @@ extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a)
   const int n = blockIdx.x * 8 + threadIdx.x / 32;
   if (n >= a.rows) return;
   const SalientRow value(a, n);
-  salient_row(a, n, true, 32, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
+  salient_row(a, a.positions, a.codes, n, true, 32, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
     store(a.y, (long long)n * a.columns + column, value(code), a.x_type);
   });
 }
