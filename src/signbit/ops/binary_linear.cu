@@ -14,7 +14,7 @@
 //   STAGES    tiles of 512 bytes that a warp fetches ahead
 //   SIMPLE    1 if one plane, whose columns all lie prepared at once, is the whole product
 //   TERMS     1 if there are input scales, shifts or salient values;  STAGED  1 if salient offsets and codes of 8 bits are
-//             brought into shared memory, where a warp has STAGED_BYTES for each
+//             brought into shared memory, where a warp has STAGED_BYTES for each, and there is no input shift
 //   UNPACK    instead of all these: the kernels around the dense product that many tokens take
 //   HEAD      instead of all these but ONE: the int8 matrix, with float activations (HEAD=0) or int8 ones (HEAD=1)
 //
@@ -164,6 +164,11 @@ __device__ __forceinline__ void multiply_bytes(int (&acc)[4], const u32 (&a)[4],
 typedef int Product;
 #else
 typedef float Product;
+#endif
+#if INT8
+typedef int Prepared; // an activation, as it lies in shared memory
+#else
+typedef float Prepared;
 #endif
 #if INT8 && !GROUPED
 typedef int Sum;
@@ -423,7 +428,7 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
 }
 
 // A prepared activation of a token; `k` counts from the chunk's first column.
-__device__ __forceinline__ float activation(const Plan &plan, const Shared &s, int token, int k) {
+__device__ __forceinline__ Prepared activation(const Plan &plan, const Shared &s, int token, int k) {
 #if MODE == 0
   return ((const signed char *)s.codes)[k];
 #elif MODE == 1
@@ -508,8 +513,8 @@ __device__ __forceinline__ void salient_row(const Arguments &a, const u8 *offset
     const bool mine = there && section < sections;
     const u8 *bitmap = a.positions + (long long)n * width + section * 32;
     u32 own = 0;
-    if (mine && a.counts != 0) own = a.counts[(long long)n * sections + section];
-    if (mine && a.counts == 0)
+    if (mine && (STAGED || a.counts != 0)) own = a.counts[(long long)n * sections + section];
+    if (!STAGED && mine && a.counts == 0)
       for (Bits bits(bitmap, min(32, width - section * 32)); bits.left > 0;) own += __popc(bits.next());
     u32 before = own;
     for (int step = 1; step < lanes; step *= 2) {
@@ -519,23 +524,24 @@ __device__ __forceinline__ void salient_row(const Arguments &a, const u8 *offset
     const u32 at = base + before - own;
     base += __shfl_sync(~0u, before, lanes - 1, lanes);
     if (!mine || own == 0 || section * 256 < begin || section * 256 >= end) continue;
-    const bool whole_bytes = a.salient_bits == 8;
+    const bool whole_bytes = STAGED || a.salient_bits == 8;
     Bytes codes(whole_bytes ? whole_codes + at : 0, whole_bytes ? own : 0);
-    u32 four = 0;
-    auto code_of = [&](u32 e) { // e counts up
-      if (!whole_bytes) return salient_code(a, at + e);
-      four = e % 4 == 0 ? codes.four() : four >> 8;
-      return four & 255;
-    };
-    if (a.counts != 0) {
+    if (STAGED || a.counts != 0) {
       Bytes positions(offsets + at, own);
       for (u32 e = 0; e < own; e += 4) {
-        const u32 some = positions.four();
+        const u32 some = positions.four(), four = codes.four();
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          if (e + i < own) visit(section * 256 + (some >> 8 * i & 255), code_of(e + i));
+          if (e + i < own)
+            visit(section * 256 + (some >> 8 * i & 255), whole_bytes ? four >> 8 * i & 255 : salient_code(a, at + e + i));
       }
     } else {
+      u32 four = 0;
+      auto code_of = [&](u32 e) { // e counts up
+        if (!whole_bytes) return salient_code(a, at + e);
+        four = e % 4 == 0 ? codes.four() : four >> 8;
+        return four & 255;
+      };
       u32 e = 0;
       int column = section * 256;
       for (Bits bits(bitmap, min(32, width - section * 32)); bits.left > 0; column += 32)
@@ -544,14 +550,6 @@ __device__ __forceinline__ void salient_row(const Arguments &a, const u8 *offset
   }
 }
 
-// Row n's value of a code.
-struct SalientRow {
-  float scale;
-  int zero;
-  __device__ __forceinline__ SalientRow(const Arguments &a, int n)
-      : scale(load(a.salient_scale, n, FLOAT_TYPE(a))), zero(a.zeros[n]) {}
-  __device__ __forceinline__ float operator()(u32 code) const { return __fmul_rn(scale, float(int(code) - zero)); }
-};
 #endif
 
 #if TERMS
@@ -609,37 +607,49 @@ __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &
 #endif
     const int row = row0 + threadIdx.x % 32 / lanes, n = plan.first * 16 + row, tile = plan.first + row / 16;
     const bool there = row < end_row;
-    const SalientRow value(a, there ? n : 0);
-    // −shift and the plane's scale, which stand in all that is taken back of a group.
-    int group = -1, group_end = 0;
-    float rest = 0;
+    const int zero = a.zeros[there ? n : 0];
+    const float scale = whole ? load(a.salient_scale, there ? n : 0, FLOAT_TYPE(a)) : 0;
+    // Σ x over the salient columns of a group, which meets what is taken back there, and Σ (code − zero)·x.
+    Prepared marked[MOST], weighted[MOST];
     float sums[MOST], plain[MOST];
-    for (int t = 0; t < MOST; t++) sums[t] = plain[t] = 0;
+    for (int t = 0; t < MOST; t++) marked[t] = weighted[t] = 0, sums[t] = plain[t] = 0;
+    auto taken_back = [&](int group) {
+      float rest = plane >= 0 ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : 0;
+      if (whole && a.shift != 0)
+        rest -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
+      return rest;
+    };
+    int group = 0, group_end = GROUPED ? a.width : a.columns;
+    auto end_group = [&] {
+      const float rest = there ? taken_back(group) : 0;
+      for (int t = 0; t < MOST; t++) sums[t] += float(marked[t]) * rest, marked[t] = 0;
+    };
     salient_row(a, offsets, codes, n, there, lanes, begin, end, [&](int column, u32 code) {
-      if (column >= group_end) {
-        group = GROUPED ? column / a.width : 0;
-        group_end = GROUPED ? (group + 1) * a.width : a.columns;
-        rest = plane >= 0 ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : 0;
-        if (whole && a.shift != 0)
-          rest -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
+      if (GROUPED && column >= group_end) {
+        end_group();
+        group = column / a.width, group_end = (group + 1) * a.width;
       }
-      const float factor = whole ? rest + value(code) : rest;
-      const float shift = whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
+      const Prepared value = int(code) - zero;
+      const float shift = !STAGED && whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
 #pragma unroll
       for (int t = 0; t < MOST; t++)
         if (ONE || t < a.tokens) {
-          sums[t] += factor * activation(plan, s, t, column - begin);
-          if (shift != 0) {
+          const Prepared x = activation(plan, s, t, column - begin);
+          marked[t] += x;
+          weighted[t] += value * x;
+          if (!STAGED && shift != 0) {
             const long long at = (long long)t * a.columns + column;
             plain[t] += shift * (X_TYPE == FLOAT32 ? __uint_as_float(fresh32((const float *)a.x + at))
                                                    : widen(fresh16((const u16 *)a.x + at), X_TYPE));
           }
         }
     });
+    end_group();
 #pragma unroll
     for (int t = 0; t < MOST; t++)
       if (ONE || t < a.tokens) {
-        float sum = INT8 ? sums[t] * (s.step[t] / 127.0f) - plain[t] : sums[t] - plain[t];
+        const float own = sums[t] + scale * float(weighted[t]);
+        float sum = INT8 ? own * (s.step[t] / 127.0f) - plain[t] : own - plain[t];
         for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         if (there && threadIdx.x % lanes == 0) s.result[row * WIDE + t] += sum;
       }
@@ -1284,9 +1294,10 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
 extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a) {
   const int n = blockIdx.x * 8 + threadIdx.x / 32;
   if (n >= a.rows) return;
-  const SalientRow value(a, n);
+  const float scale = load(a.salient_scale, n, FLOAT_TYPE(a));
+  const int zero = a.zeros[n];
   salient_row(a, a.positions, a.codes, n, true, 32, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
-    store(a.y, (long long)n * a.columns + column, value(code), a.x_type);
+    store(a.y, (long long)n * a.columns + column, __fmul_rn(scale, float(int(code) - zero)), a.x_type);
   });
 }
 #endif

@@ -214,7 +214,7 @@ class Multiplication:
         grid = min(row_tiles, properties.multi_processor_count)
         most = properties.shared_memory_per_block_optin
         # All columns at once if they fit beside the rest, else as large a part as fits.
-        staged = self.w.salient_counts is not None and self.w.shape[7] == 8
+        staged = self.w.salient_counts is not None and self.w.shape[7] == 8 and self.w.in_shift is None
         for parts, some in [
             *([(1, True)] if staged else []),
             *((parts, False) for parts in range(1, column_tiles + 1)),
