@@ -13,8 +13,7 @@
 //   GROUPED   1 if a row has several scales
 //   STAGES    tiles of 512 bytes that a warp fetches ahead
 //   SIMPLE    1 if one plane, whose columns all lie prepared at once, is the whole product
-//   TERMS     1 if there are input scales, shifts or salient values;  STAGED  1 if salient offsets and codes of 8 bits are
-//             brought into shared memory, where a warp has STAGED_BYTES for each, and there is no input shift
+//   TERMS     1 if there are input scales, shifts or salient values
 //   UNPACK    instead of all these: the kernels around the dense product that many tokens take
 //   HEAD      instead of all these but ONE: the int8 matrix, with float activations (HEAD=0) or int8 ones (HEAD=1)
 //
@@ -42,9 +41,7 @@ typedef unsigned long long u64;
 #define TERMS 0
 #define SIMPLE 0
 #define STAGES 4
-#define STAGED 0
 #endif
-#define STAGED_BYTES 1280
 #ifdef SCALES
 #define FLOAT_TYPE(a) SCALES
 #else
@@ -165,11 +162,6 @@ typedef int Product;
 #else
 typedef float Product;
 #endif
-#if INT8
-typedef int Prepared; // an activation, as it lies in shared memory
-#else
-typedef float Prepared;
-#endif
 #if INT8 && !GROUPED
 typedef int Sum;
 #else
@@ -189,7 +181,6 @@ struct Shared {
   float *group_sums; // [T][G]
   float *step, *dot; // [TOKENS] each
   float *row;       // [3][WARPS]
-  u8 *staged;       // STAGED: the warp's own, [2][2][STAGED_BYTES] offsets and codes, in turns
 };
 
 #define WIDE (ONE ? 1 : TOKENS)
@@ -428,7 +419,7 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
 }
 
 // A prepared activation of a token; `k` counts from the chunk's first column.
-__device__ __forceinline__ Prepared activation(const Plan &plan, const Shared &s, int token, int k) {
+__device__ __forceinline__ float activation(const Plan &plan, const Shared &s, int token, int k) {
 #if MODE == 0
   return ((const signed char *)s.codes)[k];
 #elif MODE == 1
@@ -453,6 +444,7 @@ __device__ __forceinline__ float scale_of(const Arguments &a, const Plan &plan, 
 
 #if TERMS || defined(UNPACK)
 __device__ __forceinline__ u32 salient_code(const Arguments &a, u32 e) {
+  if (a.salient_bits == 8) return a.codes[e];
   const u64 bit = (u64)e * a.salient_bits;
   const u8 *byte = a.codes + bit / 8;
   const int in_byte = bit % 8;
@@ -461,199 +453,110 @@ __device__ __forceinline__ u32 salient_code(const Arguments &a, u32 e) {
   return code & ((1u << a.salient_bits) - 1);
 }
 
-// Bytes from any address on, four at a time, by loads of whole words; one word ahead, and none beyond the last byte.
-struct Bytes {
-  const u32 *next, *end;
-  u32 current, following;
-  int shift;
-  __device__ __forceinline__ u32 load() { return next < end ? *next++ : 0; }
-  __device__ __forceinline__ Bytes(const u8 *from, u32 count) {
-    const u64 address = (u64)from;
-    next = (const u32 *)(address & ~3ull), end = (const u32 *)((address + count + 3) & ~3ull);
-    shift = int(address & 3) * 8;
-    current = load(), following = load();
-  }
-  __device__ __forceinline__ u32 four() {
-    const u32 bytes = __funnelshift_r(current, following, shift);
-    current = following, following = load();
-    return bytes;
-  }
-};
-
-// The bits of a section of a bitmap, 32 at a time; none beyond its last byte, where the next row begins.
-struct Bits {
-  Bytes bytes;
-  int left;
-  __device__ __forceinline__ Bits(const u8 *from, int count) : bytes(from, count), left(count) {}
-  __device__ __forceinline__ u32 next() {
-    const u32 word = bytes.four(), some = left < 4 ? word & (1u << left * 8) - 1 : word;
-    left -= 4;
-    return some;
-  }
-};
-
-// So many lanes share a row's salient values: a power of two.
-__device__ __forceinline__ int salient_lanes(const Arguments &a) {
-  int lanes = 32;
-  while (lanes / 2 >= (a.columns + 255) / 256) lanes /= 2;
-  return lanes;
-}
-
-// Calls visit(column, code), with rising columns, for the salient values in columns [begin, end), both multiples of 256 or K,
-// of row n, if it is `there`. A lane takes a section of 256 columns at a time: what comes one after the other in memory
-// costs few instructions so. All lanes of a warp come here together, 32 / `lanes` rows. `offsets` and `whole_codes` are where
-// all of these lie, or seem to: of those that are not asked for nothing is read.
+// Calls visit(column, code) for row n's salient values in columns [begin, end), both multiples of 256 or K; all lanes of
+// a warp together.
 template <class Visit>
-__device__ __forceinline__ void salient_row(const Arguments &a, const u8 *offsets, const u8 *whole_codes, int n, bool there,
-                                            int lanes, int begin, int end, Visit visit) {
-  const int lane = threadIdx.x % lanes, sections = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
-  u32 base = there ? a.starts[n] : 0;
-  for (int first = 0; first < sections; first += lanes) {
-    const int section = first + lane;
-    const bool mine = there && section < sections;
-    const u8 *bitmap = a.positions + (long long)n * width + section * 32;
-    u32 own = 0;
-    if (mine && (STAGED || a.counts != 0)) own = a.counts[(long long)n * sections + section];
-    if (!STAGED && mine && a.counts == 0)
-      for (Bits bits(bitmap, min(32, width - section * 32)); bits.left > 0;) own += __popc(bits.next());
-    u32 before = own;
-    for (int step = 1; step < lanes; step *= 2) {
-      const u32 other = __shfl_up_sync(~0u, before, step, lanes);
-      if (lane >= step) before += other;
+__device__ __forceinline__ void salient_row(const Arguments &a, int n, int begin, int end, Visit visit) {
+  const int lane = threadIdx.x % 32, blocks = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
+  u32 base = a.starts[n];
+  auto sums_before = [&](u32 own) { // of the lanes ahead; `base` moves on
+    u32 sum = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += other;
     }
-    const u32 at = base + before - own;
-    base += __shfl_sync(~0u, before, lanes - 1, lanes);
-    if (!mine || own == 0 || section * 256 < begin || section * 256 >= end) continue;
-    const bool whole_bytes = STAGED || a.salient_bits == 8;
-    Bytes codes(whole_bytes ? whole_codes + at : 0, whole_bytes ? own : 0);
-    if (STAGED || a.counts != 0) {
-      Bytes positions(offsets + at, own);
-      for (u32 e = 0; e < own; e += 4) {
-        const u32 some = positions.four(), four = codes.four();
+    const u32 before = base + sum - own;
+    base += __shfl_sync(~0u, sum, 31);
+    return before;
+  };
+  if (a.counts != 0) {
+    // Sections of 256 columns, some at a time, so that their loads do not wait for each other.
+    constexpr int SOME = ONE ? 8 : 4;
+    for (int first = 0; first < blocks; first += 32) {
+      const int own = first + lane < blocks ? a.counts[(long long)n * blocks + first + lane] : 0;
+      const u32 start = sums_before(own);
+      const int last = min(min(32, blocks - first), (end + 255) / 256 - first);
+      for (int j0 = max(0, begin / 256 - first); j0 < last; j0 += SOME) {
+        int count[SOME];
+        u32 position[SOME], code[SOME];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (e + i < own)
-            visit(section * 256 + (some >> 8 * i & 255), whole_bytes ? four >> 8 * i & 255 : salient_code(a, at + e + i));
+        for (int u = 0; u < SOME; u++) {
+          const u32 at = __shfl_sync(~0u, start, (j0 + u) % 32) + lane;
+          count[u] = __shfl_sync(~0u, own, (j0 + u) % 32);
+          if (j0 + u >= last) count[u] = 0;
+          if (lane < count[u]) position[u] = a.positions[at], code[u] = salient_code(a, at);
+        }
+#pragma unroll
+        for (int u = 0; u < SOME; u++)
+          if (lane < count[u]) visit((first + j0 + u) * 256 + position[u], code[u]);
       }
-    } else {
-      u32 four = 0;
-      auto code_of = [&](u32 e) { // e counts up
-        if (!whole_bytes) return salient_code(a, at + e);
-        four = e % 4 == 0 ? codes.four() : four >> 8;
-        return four & 255;
-      };
-      u32 e = 0;
-      int column = section * 256;
-      for (Bits bits(bitmap, min(32, width - section * 32)); bits.left > 0; column += 32)
-        for (u32 some = bits.next(); some != 0; some &= some - 1) visit(column + __ffs(some) - 1, code_of(e++));
+      if (__any_sync(~0u, own > 32))
+        for (int j = max(0, begin / 256 - first); j < last; j++) {
+          const int count = __shfl_sync(~0u, own, j);
+          const u32 at = __shfl_sync(~0u, start, j);
+          for (int i = lane + 32; i < count; i += 32) visit((first + j) * 256 + a.positions[at + i], salient_code(a, at + i));
+        }
     }
+    return;
+  }
+  for (int first = 0; first < width; first += 32) {
+    const u32 own = first + lane < width ? a.positions[(long long)n * width + first + lane] : 0;
+    u32 at = sums_before(__popc(own));
+    if (first * 8 >= begin && first * 8 < end)
+      for (u32 left = own; left != 0; left &= left - 1) visit((first + lane) * 8 + __ffs(left) - 1, salient_code(a, at++));
   }
 }
 
+// Row n's value of a code.
+struct SalientRow {
+  float scale;
+  int zero;
+  __device__ __forceinline__ SalientRow(const Arguments &a, int n)
+      : scale(load(a.salient_scale, n, FLOAT_TYPE(a))), zero(a.zeros[n]) {}
+  __device__ __forceinline__ float operator()(u32 code) const { return __fmul_rn(scale, float(int(code) - zero)); }
+};
 #endif
 
 #if TERMS
-#if STAGED
-// Offsets and codes of the salient values [from, to), which lie side by side, on their way to a warp's shared memory.
-struct Staging {
-  const u8 *offsets, *codes; // as if all of them lay there
-  __device__ __forceinline__ void fetch(const Arguments &a, u8 *to, u32 from, u32 end) {
-    offsets = a.positions, codes = a.codes;
-    if (end - from + 8 <= STAGED_BYTES) {
-      offsets = part(a.positions, to, from, end);
-      codes = part(a.codes, to + STAGED_BYTES, from, end);
-    }
-    copies_end();
-  }
-
- private:
-  __device__ __forceinline__ const u8 *part(const u8 *all, u8 *to, u32 from, u32 end) {
-    const u64 first = (u64)(all + from) & ~3ull, words = ((u64)(all + end) - first + 3) / 4;
-    for (u32 i = threadIdx.x % 32; i < words; i += 32)
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to + i * 4)),
-                   "l"(first + i * 4)
-                   : "memory");
-    return to - (first - (u64)all);
-  }
-};
-#endif
-
 // Salient values take the place of what stands at their positions. There all sign bits say −1 and the shifts are as
 // everywhere: that much is taken back, of the activations that are prepared now, and the values meet x itself.
 __device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end) {
   constexpr int MOST = ONE ? 1 : TOKENS;
-  const int lanes = salient_lanes(a), rows = 32 / lanes;
+  const int lane = threadIdx.x % 32;
   const bool whole = plane < 0 || (plane == 0 && a.in_scale == 0);
-  const int end_row = min(plan.tiles * 16, a.rows - plan.first * 16), first_row = threadIdx.x / 32 * rows;
-#if STAGED
-  Staging now, next;
-  const u32 *starts = a.starts + plan.first * 16;
-  if (first_row < end_row) next.fetch(a, s.staged, starts[first_row], starts[min(first_row + rows, end_row)]);
-  int turn = 0;
-#endif
-  for (int row0 = first_row; row0 < end_row; row0 += WARPS * rows) {
-#if STAGED
-    now = next;
-    turn ^= 1;
-    const int then = row0 + WARPS * rows;
-    if (then < end_row)
-      next.fetch(a, s.staged + turn * 2 * STAGED_BYTES, starts[then], starts[min(then + rows, end_row)]);
-    else copies_end();
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    __syncwarp();
-    const u8 *const offsets = now.offsets, *const codes = now.codes;
-#else
-    const u8 *const offsets = a.positions, *const codes = a.codes;
-#endif
-    const int row = row0 + threadIdx.x % 32 / lanes, n = plan.first * 16 + row, tile = plan.first + row / 16;
-    const bool there = row < end_row;
-    const int zero = a.zeros[there ? n : 0];
-    const float scale = whole ? load(a.salient_scale, there ? n : 0, FLOAT_TYPE(a)) : 0;
-    // Σ x over the salient columns of a group, which meets what is taken back there, and Σ (code − zero)·x.
-    Prepared marked[MOST], weighted[MOST];
+  for (int row = threadIdx.x / 32; row < plan.tiles * 16; row += WARPS) {
+    const int n = plan.first * 16 + row, tile = plan.first + row / 16;
+    if (n >= a.rows) break;
+    const SalientRow value(a, n);
+    const float one_scale = plane >= 0 && !GROUPED ? scale_of(a, plan, s, plane, row / 16, 0, row % 16) : 0;
     float sums[MOST], plain[MOST];
-    for (int t = 0; t < MOST; t++) marked[t] = weighted[t] = 0, sums[t] = plain[t] = 0;
-    auto taken_back = [&](int group) {
-      float rest = plane >= 0 ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : 0;
-      if (whole && a.shift != 0)
-        rest -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
-      return rest;
-    };
-    int group = 0, group_end = GROUPED ? a.width : a.columns;
-    auto end_group = [&] {
-      const float rest = there ? taken_back(group) : 0;
-      for (int t = 0; t < MOST; t++) sums[t] += float(marked[t]) * rest, marked[t] = 0;
-    };
-    salient_row(a, offsets, codes, n, there, lanes, begin, end, [&](int column, u32 code) {
-      if (GROUPED && column >= group_end) {
-        end_group();
-        group = column / a.width, group_end = (group + 1) * a.width;
+    for (int t = 0; t < MOST; t++) sums[t] = plain[t] = 0;
+    salient_row(a, n, begin, end, [&](int column, u32 code) {
+      const int group = GROUPED ? column / a.width : 0;
+      float factor = plane >= 0 && GROUPED ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : one_scale;
+      if (whole) {
+        factor += value(code);
+        if (a.shift != 0) factor -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
       }
-      const Prepared value = int(code) - zero;
-      const float shift = !STAGED && whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
+      const float shift = whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
 #pragma unroll
       for (int t = 0; t < MOST; t++)
         if (ONE || t < a.tokens) {
-          const Prepared x = activation(plan, s, t, column - begin);
-          marked[t] += x;
-          weighted[t] += value * x;
-          if (!STAGED && shift != 0) {
+          sums[t] += factor * activation(plan, s, t, column - begin);
+          if (shift != 0) {
             const long long at = (long long)t * a.columns + column;
             plain[t] += shift * (X_TYPE == FLOAT32 ? __uint_as_float(fresh32((const float *)a.x + at))
                                                    : widen(fresh16((const u16 *)a.x + at), X_TYPE));
           }
         }
     });
-    end_group();
 #pragma unroll
     for (int t = 0; t < MOST; t++)
       if (ONE || t < a.tokens) {
-        const float own = sums[t] + scale * float(weighted[t]);
-        float sum = INT8 ? own * (s.step[t] / 127.0f) - plain[t] : own - plain[t];
-        for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        if (there && threadIdx.x % lanes == 0) s.result[row * WIDE + t] += sum;
+        float sum = INT8 ? sums[t] * (s.step[t] / 127.0f) - plain[t] : sums[t] - plain[t];
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (lane == 0) s.result[row * WIDE + t] += sum;
       }
-    __syncwarp(); // before the next but one is copied to where these lie
   }
 }
 #endif
@@ -974,7 +877,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
   s.step = (float *)take(16 * 4);
   s.dot = (float *)take(16 * 4);
   s.row = (float *)take(3 * WARPS * 4);
-  s.staged = take(STAGED ? WARPS * 4 * STAGED_BYTES : 0) + (STAGED ? warp * 4 * STAGED_BYTES : 0);
 
   Walk ahead;
   ahead.begin(plan);
@@ -1294,10 +1196,9 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
 extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a) {
   const int n = blockIdx.x * 8 + threadIdx.x / 32;
   if (n >= a.rows) return;
-  const float scale = load(a.salient_scale, n, FLOAT_TYPE(a));
-  const int zero = a.zeros[n];
-  salient_row(a, a.positions, a.codes, n, true, 32, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
-    store(a.y, (long long)n * a.columns + column, __fmul_rn(scale, float(int(code) - zero)), a.x_type);
+  const SalientRow value(a, n);
+  salient_row(a, n, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
+    store(a.y, (long long)n * a.columns + column, value(code), a.x_type);
   });
 }
 #endif

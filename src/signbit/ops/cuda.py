@@ -33,7 +33,6 @@ DENSE_FROM = 33
 _SOURCE = Path(__file__).with_name("binary_linear.cu")
 _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
 _SCALE_BYTES = 48 * 1024
-_STAGED_BYTES = 1280
 #: Beyond this many columns the float32 sums of int8's codes would not be exact.
 MAX_COLUMNS = 131072
 _SIGNS = -1  # of `unpack_signs` and `quantize`: int8 instead of a float type
@@ -214,30 +213,24 @@ class Multiplication:
         grid = min(row_tiles, properties.multi_processor_count)
         most = properties.shared_memory_per_block_optin
         # All columns at once if they fit beside the rest, else as large a part as fits.
-        staged = self.w.salient_counts is not None and self.w.shape[7] == 8 and self.w.in_shift is None
-        for parts, some in [
-            *([(1, True)] if staged else []),
-            *((parts, False) for parts in range(1, column_tiles + 1)),
-        ]:
-            chunk, staged = -(-column_tiles // parts) * _TILE, some
+        for parts in range(1, column_tiles + 1):
+            chunk = -(-column_tiles // parts) * _TILE
             simple = parts == 1 and self._planes == 1 and not self._terms
-            shared_bytes = self._shared_bytes(mode, tokens, stages, chunk, -(-row_tiles // grid), simple, staged)
+            shared_bytes = self._shared_bytes(mode, tokens, stages, chunk, -(-row_tiles // grid), simple)
             if shared_bytes <= most:
                 break
         flags = {
             "MODE": mode, "COLUMNS": 2 if tokens > 8 else 1, "ONE": tokens == 1, "X_TYPE": FLOATS[dtype],
             "VECTORS": vectors, "SCALES": FLOATS[self.w.scale.dtype],
             "SHARED_SCALES": self._scale_bytes(-(-row_tiles // grid)) > 0, "GROUPED": grouped, "TERMS": self._terms,
-            "SIMPLE": simple, "STAGES": stages, "STAGED": staged,
+            "SIMPLE": simple, "STAGES": stages,
         }  # fmt: skip
         macros = tuple(f"{name}={int(value)}" for name, value in flags.items())
         plan = (_kernel(self._device.index, "linear", macros, True), grid, shared_bytes, chunk)
         self._launches[dtype, activations, tokens, vectors] = plan
         return plan
 
-    def _shared_bytes(
-        self, mode: int, tokens: int, stages: int, chunk: int, tiles: int, simple: bool, staged: bool
-    ) -> int:
+    def _shared_bytes(self, mode: int, tokens: int, stages: int, chunk: int, tiles: int, simple: bool) -> int:
         """What `linear` takes of shared memory, in the order in which it takes it."""
         wide = 1 if tokens == 1 else 16 if tokens > 8 else 8
         slots = 1
@@ -252,7 +245,6 @@ class Multiplication:
             chunk if mode == 0 and self._terms else 0,
             turns * _WARPS * 16 * wide * 4, results, results, self._scale_bytes(tiles),
             tokens * self._groups * 4 if self.w.shift is not None else 0, 64, 64, 3 * _WARPS * 4,
-            _WARPS * 4 * _STAGED_BYTES if staged else 0,
         )  # fmt: skip
         return sum(-(-piece // 128) * 128 for piece in pieces)
 
