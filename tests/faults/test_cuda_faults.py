@@ -30,7 +30,7 @@ FAULTS = {
                                           "row", (1, 4)),
     "shift forgotten": ("s.group_sums[token * a.groups + group];", "0.0f;", "shift", (1, 4)),
     "salient values beside what they replace": (
-        "float factor = plane >= 0 ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : 0;",
+        "float factor = plane >= 0 && GROUPED ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : one_scale;",
         "float factor = 0;", "salient_bitmap", (1, 6),
     ),
     "neighbours of the dense matrix": ("t % 2 ? theirs : own, t % 2 ? own : theirs, p, scale);",
