@@ -142,6 +142,7 @@ def main() -> None:
         weights = [make(n, k, group) for _ in range(args.layers) for n, k in shapes]
         multiplies = [cuda.Multiplication(cuda.prepare(w.operands())) for w in weights]
         packed_bytes = sum(w.nbytes for w in weights)
+        form = f"{'row scale' if group < 0 else f'group {group}'}, {len(shapes)} × {args.layers} linears"
         for tokens in args.tokens:
             for weight, multiply in list(zip(weights, multiplies, strict=True))[: len(set(shapes)) + 1]:
                 check(weight, multiply, tokens, dtype)
@@ -149,8 +150,7 @@ def main() -> None:
             for mode in ("int8", "exact"):
                 run = chain([lambda x, f=f, m=mode: f(x, m) for f in multiplies], inputs)
                 ours = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
-                form = f"{tokens} tokens, {'row scale' if group < 0 else f'group {group}'}"
-                work = f"{'decode' if tokens < 64 else 'prefill'} {mode}, {form}, {len(shapes)} × {args.layers} linears"
+                work = f"{'decode' if tokens < 64 else 'prefill'} {mode}, {tokens} tokens, {form}"
                 if share is not None:
                     rows.append(
                         lower_is_better(f"{work}, {share:.0%} salient", ours, "none salient", plain[work], "ms")
@@ -176,7 +176,7 @@ def main() -> None:
                 took = milliseconds(in_a_graph(run) if tokens < 64 else run, args.runs)
                 name = f"GemLite {gemlite.__version__}"
                 for work, ours in plain.items():
-                    if f"{tokens} tokens, {'row scale' if group < 0 else f'group {group}'}, {len(shapes)} ×" in work:
+                    if work.endswith(f", {tokens} tokens, {form}"):
                         rows.append(lower_is_better(work, ours, name, took, "ms"))
             del peers
         del weights, multiplies, inputs, run

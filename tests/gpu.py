@@ -1,8 +1,8 @@
 """All tests that need a GPU, on a machine that has one, in one go and with one summary: python -m tests.gpu [FOLDER]
 
 The parts run side by side, each with its whole output in FOLDER. With compute-sanitizer on the PATH one of them runs some
-tests of each kernel again under memcheck; without it the summary says that it did not. It needs
-pytest, torch and transformers, no installed signbit (PYTHONPATH=src) and no pytest plugin.
+tests of each kernel again under memcheck; without it the summary says that it did not. It needs pytest, torch and
+transformers, no installed signbit (PYTHONPATH=src) and no pytest plugin.
 """
 
 import os
