@@ -1,8 +1,8 @@
 """All tests that need a GPU, on a machine that has one, in one go and with one summary: python -m tests.gpu [FOLDER]
 
-The parts run side by side, each with its whole output in FOLDER. With compute-sanitizer on the PATH one of them runs some
-tests of each kernel again under memcheck; without it the summary says that it did not. It needs pytest, torch and
-transformers, no installed signbit (PYTHONPATH=src) and no pytest plugin.
+The parts run side by side, each with its whole output in FOLDER. With compute-sanitizer on the PATH, tests of each kernel
+run again under memcheck, and one launch of each variant (`launches`) under racecheck; without it the summary says that
+they did not. It needs pytest, torch and transformers, no installed signbit (PYTHONPATH=src) and no pytest plugin.
 """
 
 import os
@@ -34,6 +34,37 @@ SANITIZED = [
 ]
 
 
+def launches() -> int:
+    """Launches every kernel a few times, compared with the reference; under racecheck, which pytest does not survive."""
+    import torch
+
+    from signbit.linear import PackedLinear
+    from signbit.ops import cuda, reference
+    from tests.laws import cases
+
+    torch.manual_seed(0)
+    for kind in ("row", "group", "all", "salient_offsets", "salient_bitmap"):
+        w = PackedLinear(cases.make(kind, 88, 1024)).to("cuda").weights[0].operands()
+        for tokens in (1, 3, 16, 40):
+            for dtype in (torch.bfloat16, torch.float16):
+                x = torch.randn(tokens, 1024, device="cuda", dtype=dtype)
+                for mode in ("exact", "int8"):
+                    got, want = (f(x, w, mode).float() for f in (cuda.binary_linear, reference.binary_linear))
+                    if not (got - want).abs().max() <= 0.02 * want.abs().max():
+                        print(f"{kind}, {tokens} tokens, {dtype}, {mode}: off the reference")
+                        return 1
+    codes = torch.randint(-127, 128, (500, 512), dtype=torch.int8, device="cuda")
+    scale = torch.rand(500, device="cuda")
+    for tokens in (1, 5):
+        for mode in ("exact", "int8"):
+            x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+            got, want = (f(x, codes, scale, mode).float() for f in (cuda.int8_linear, reference.int8_linear))
+            if not (got - want).abs().max() <= 0.02 * want.abs().max():
+                print(f"head, {tokens} tokens, {mode}: off the reference")
+                return 1
+    return 0
+
+
 def main() -> int:
     """Exit status 1 if a test failed or a part ran none."""
     import torch
@@ -52,10 +83,11 @@ def main() -> int:
     }
     if shutil.which("compute-sanitizer"):
         only = [part for kernel in KERNELS for part in ("--kernel-name", f"kernel_name={kernel}")]
-        sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *only]
-        commands["memcheck"] = [*sanitizer, *command, *SANITIZED]
+        sanitizer = ["compute-sanitizer", "--error-exitcode", "1", *only, "--tool"]
+        commands["memcheck"] = [*sanitizer, "memcheck", *command, *SANITIZED]
+        commands["racecheck"] = [*sanitizer, "racecheck", sys.executable, "-m", "tests.gpu", "--launches"]
     else:
-        print("compute-sanitizer is not on the PATH: memory is not checked")
+        print("compute-sanitizer is not on the PATH: memory and races are not checked")
     running = {}
     for name, line in commands.items():
         log = (folder / f"{name.replace(' ', '_').replace(',', '')}.txt").open("w")
@@ -74,4 +106,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launches() if sys.argv[1:] == ["--launches"] else main())

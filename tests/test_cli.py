@@ -564,6 +564,9 @@ def test_doctor_names_the_layers_that_the_kernels_leave_out(llama_dir, tmp_path,
     down = "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
     assert f"plain torch multiplies 2: groups of 24 columns are no multiple of 32 ({down})\n" in printed
     model = json.loads((tmp_path / "doctor.json").read_text())["model"]
+    assert len(model["siblings"][0]) == 3 and model["no_siblings"] is None
+    shared = sum(map(len, model["siblings"]))
+    assert f"{shared} of them are given an input with others, and share {len(model['siblings'])} launches" in printed
     assert (model["layers"], model["kernels"]) == (14, 4)
     assert sorted(map(len, model["reference"].values())) == [2, 8]
 

@@ -66,7 +66,7 @@ def names(wheel):
 def sources():
     """The package's files as the wheel must name them."""
     package = ROOT / "src"
-    return {str(p.relative_to(package)) for p in package.rglob("*") if p.suffix in (".py", ".typed", ".cu")}
+    return {str(p.relative_to(package)) for p in package.rglob("*") if p.suffix in (".py", ".typed", ".cu", ".cuh")}
 
 
 # Nor is ninja on these paths (its Python package is found), nor the compiler that CXX of Python's own build names.

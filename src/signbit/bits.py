@@ -97,14 +97,29 @@ def pack_positions(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     A block that is salient throughout does not fit a uint8 count, so such a matrix has a bitmap.
     """
     rows, columns = mask.shape
-    blocks = -(-columns // SALIENT_BLOCK)
-    padded = F.pad(mask, (0, blocks * SALIENT_BLOCK - columns)).reshape(rows, blocks, SALIENT_BLOCK)
-    counts = padded.sum(dim=-1)
+    counts = _blocks(mask).sum(dim=-1)
     total = int(counts.sum())
     if total + counts.numel() < rows * -(-columns // 8) and int(counts.max()) < SALIENT_BLOCK:
-        offsets = padded.reshape(-1, SALIENT_BLOCK).nonzero()[:, 1]
-        return offsets.to(torch.uint8), counts.to(torch.uint8)
+        return as_offsets(mask)
+    return as_bitmap(mask)
+
+
+def as_offsets(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and counts of `pack_positions`."""
+    blocks = _blocks(mask)
+    offsets = blocks.reshape(-1, SALIENT_BLOCK).nonzero()[:, 1]
+    return offsets.to(torch.uint8), blocks.sum(dim=-1).to(torch.uint8)
+
+
+def as_bitmap(mask: Tensor) -> tuple[Tensor, None]:
+    """Bitmap of `pack_positions`, and no counts."""
     return pack_signs(mask), None
+
+
+def _blocks(mask: Tensor) -> Tensor:
+    rows, columns = mask.shape
+    blocks = -(-columns // SALIENT_BLOCK)
+    return F.pad(mask, (0, blocks * SALIENT_BLOCK - columns)).reshape(rows, blocks, SALIENT_BLOCK)
 
 
 def unpack_positions(positions: Tensor, counts: Tensor | None, rows: int, columns: int) -> Tensor:

@@ -466,6 +466,13 @@ def doctor(argv: Sequence[str]) -> None:
         for reason, names in result.reference.items():
             some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             print(f"  plain torch multiplies {len(names)}: {reason} ({some})")
+        if result.no_siblings is not None:
+            print(f"  on a GPU: {result.no_siblings}")
+        elif result.siblings:
+            shared = sum(map(len, result.siblings))
+            print(
+                f"  on a GPU: {shared} of them are given an input with others, and share {len(result.siblings)} launches"
+            )
     _write_json(args.json, facts)
     if machine.broken:
         raise SignbitError(

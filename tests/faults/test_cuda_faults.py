@@ -30,8 +30,14 @@ FAULTS = {
                                           "row", (1, 4)),
     "shift forgotten": ("s.group_sums[token * a.groups + group];", "0.0f;", "shift", (1, 4)),
     "salient values beside what they replace": (
-        "float factor = plane >= 0 && GROUPED ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : one_scale;",
-        "float factor = 0;", "salient_bitmap", (1, 6),
+        "float f = plane < 0 ? 0 : scale_of(a, plan, s, plane, p.row / 16, group, p.row % 16);",
+        "float f = 0;", "salient_bitmap", (1, 6),
+    ),
+    "missing salient values added": ("const int missing = 7 - packet_count(packet);", "const int missing = 0;",
+                                     "salient_offsets", (1, 6)),
+    "salient columns in their own order": (
+        "(columns & 0xe3e3e3e3) | (columns & 0x0c0c0c0c) << 1 | (columns >> 2 & 0x04040404);", "columns;",
+        "salient_offsets", (2, 6),
     ),
     "neighbours of the dense matrix": ("t % 2 ? theirs : own, t % 2 ? own : theirs, p, scale);",
                                        "own, theirs, p, scale);", "row", (40,)),
@@ -43,17 +49,18 @@ FAULTS = {
 def test_what_is_to_be_changed_stands_in_the_source_once(fault):
     right, wrong, *_ = FAULTS[fault]
     assert right != wrong
-    assert cuda._SOURCE.read_text().count(right) == 1
+    assert sum(path.read_text().count(right) for path in cuda._SOURCES.iterdir()) == 1
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_a_law_catches(fault, tmp_path, monkeypatch):
-    source = tmp_path / "binary_linear.cu"
     right, wrong, kind, numbers = FAULTS[fault] if fault else ("", "", "row", (1, 4, 40))
-    source.write_text(cuda._SOURCE.read_text().replace(right, wrong) if fault else cuda._SOURCE.read_text())
-    monkeypatch.setattr(cuda, "_SOURCE", source)
+    for path in cuda._SOURCES.iterdir():
+        text = path.read_text()
+        (tmp_path / path.name).write_text(text.replace(right, wrong) if fault else text)
+    monkeypatch.setattr(cuda, "_SOURCES", tmp_path)
     for cached in (cuda._kernel, cuda._module):
         cached.cache_clear()
     broken = []

@@ -9,6 +9,7 @@ from tests import families
 from torch import nn
 
 import signbit
+from signbit.errors import StructureError
 from signbit.linear import PackedLinear
 from signbit.models import find_siblings, fuse_, fused
 
@@ -79,7 +80,8 @@ def test_a_model_that_cannot_be_followed_has_none():
             x = self.embedding(input_ids)
             return self.a(x) + self.b(x) if x.sum().item() > 0 else x
 
-    assert find_siblings(Block()) == []
+    with pytest.raises(StructureError, match=r"cannot be followed .*: no projections share a launch \(.*\w"):
+        find_siblings(Block())
 
 
 def signbit_weight(rows=16, groups=1):

@@ -33,6 +33,31 @@ def test_tiles_hold_each_sign_where_the_kernels_look_for_it(planes, n, k):
         assert int(byte) >> c // 32 & 1 == 1 - stored
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "width", "share"), [(24, 128, 32, 0.4), (5, 1000, 1000, 0.1), (3, 2304, 384, 0.9), (40, 96, 96, 0.02)]
+)
+def test_packets_hold_each_salient_value_where_the_kernels_look_for_it(n, k, width, share):
+    mask = torch.rand(n, k) < share
+    mask[n // 2] = False
+    mask[0, k - 1] = True
+    index, codes = mask.view(-1).nonzero()[:, 0], torch.randint(0, 256, (int(mask.sum()),))
+    laid, starts = layout.lay_packets(index, codes, n, k, width)
+    stored_index, stored_codes = layout.stored_packets(laid, starts, k)
+    assert torch.equal(stored_index, index) and torch.equal(stored_codes, codes.int())
+    values = torch.zeros(n, k, dtype=torch.long)
+    values.view(-1)[index] = codes + 1
+    seen = torch.zeros(n, k, dtype=torch.long)
+    for row in range(n):
+        for packet in laid[starts[row] : starts[row + 1]].tolist():
+            block, held = packet[0] + 256 * packet[1] % 4096, packet[1] >> 4
+            columns = [256 * block + packet[at] for at in (4, 5, 6, 7, 2, 3, 15)]
+            assert 1 <= held <= 7 and columns[held:] == [columns[0]] * (7 - held) and not any(packet[8 + held : 15])
+            assert len({column // width for column in columns}) == 1
+            for column, code in zip(columns[:held], packet[8:15], strict=False):
+                seen[row, column] = code + 1
+    assert torch.equal(seen, values)
+
+
 def test_a_wrong_variable_is_refused(monkeypatch):
     monkeypatch.setenv(cuda.VARIABLE, "yes")
     cuda.selected.cache_clear()
@@ -239,14 +264,14 @@ def test_doctor_says_what_multiplies():
 @needs_gpu
 def test_compiled_code_is_kept_and_errors_are_nvrtcs(tmp_path, monkeypatch):
     monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "kept"))
-    code = nvrtc.compiled(cuda._SOURCE, ("UNPACK",), "sm_90")
+    code = nvrtc.compiled(cuda._SOURCES / "dense.cu", (), "sm_90")
     (kept,) = (tmp_path / "kept").iterdir()
     assert kept.read_bytes() == code and kept.name.startswith("binary_linear-sm_90-")
     monkeypatch.setattr(nvrtc, "_compile", lambda *arguments: pytest.fail("compiled again"))
-    assert nvrtc.compiled(cuda._SOURCE, ("UNPACK",), "sm_90") == code
+    assert nvrtc.compiled(cuda._SOURCES / "dense.cu", (), "sm_90") == code
     monkeypatch.undo()
     monkeypatch.setenv(nvrtc.CACHE_VARIABLE, "/proc/nowhere")
-    assert nvrtc.compiled(cuda._SOURCE, ("UNPACK",), "sm_90") == code
+    assert nvrtc.compiled(cuda._SOURCES / "dense.cu", (), "sm_90") == code
     broken = tmp_path / "broken.cu"
     broken.write_text("__global__ void f() { nothing; }")
     with pytest.raises(SignbitError, match=r"broken\.cu does not compile with .*\n.*nothing"):

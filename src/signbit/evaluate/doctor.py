@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from signbit.errors import SignbitError
+from signbit.errors import SignbitError, StructureError
 from signbit.linear import PackedLinear
+from signbit.models import find_siblings
 from signbit.ops import Choice, cpu, cuda, explain, native
 from signbit.version import VERSION
 
@@ -51,13 +52,16 @@ class Multiplied:
     """The packed layers of a model: how many the kernels multiply, and the names of the others by reason.
 
     `dense` has the number of those whose many tokens (256 and more) are multiplied by a matrix unpacked for the call, by
-    mode: there that is faster.
+    mode: there that is faster. `siblings` are groups of layers that are given the same input and on a GPU share a launch
+    if they are alike; `no_siblings` says why none could be found.
     """
 
     layers: int
     kernels: int
     dense: dict[str, int]
     reference: dict[str, list[str]]
+    siblings: list[list[str]]
+    no_siblings: str | None
 
 
 def examine() -> Machine:
@@ -101,7 +105,13 @@ def multiplied(model: nn.Module) -> Multiplied:
         if (reason := layer.prepare()) is not None:
             reference.setdefault(reason, []).append(name)
     dense = Counter(mode for layer in layers.values() for mode in layer.better_dense)
-    return Multiplied(len(layers), len(layers) - sum(map(len, reference.values())), dict(dense), reference)
+    siblings, no_siblings = [], None
+    try:
+        siblings = find_siblings(model)
+    except StructureError as error:
+        no_siblings = str(error)
+    kernels = len(layers) - sum(map(len, reference.values()))
+    return Multiplied(len(layers), kernels, dict(dense), reference, siblings, no_siblings)
 
 
 def _wrong(check: Callable[[Any], str | None], where: str | int) -> str | None:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils import logging
 
 from signbit import ops
+from signbit.errors import StructureError
 from signbit.linear import PackedLinear, offloaded
 from signbit.ops import Prepared, layout
 
+logger = logging.get_logger(__name__)
 DEVICE = "cuda"
 #: More tokens are multiplied matrix by matrix: the launches no longer count, and each result lies in one piece.
 MOST_TOKENS = 16
@@ -75,11 +78,19 @@ class Fused:
 
 
 def fuse_(model: nn.Module) -> None:
-    """Lets the packed layers on a GPU that are given the same tensor share a launch; `find_siblings` finds them."""
+    """Lets the packed layers on a GPU that are given the same tensor share a launch; `find_siblings` finds them.
+
+    Where it cannot, a warning says why: each has a launch of its own then.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not any(map(_on_gpu, (matrix for layer in layers.values() for matrix in layer.prepared))):
         return
-    for names in find_siblings(model):
+    try:
+        groups = find_siblings(model)
+    except StructureError as error:
+        logger.warning_once(f"signbit: {error}")
+        return
+    for names in groups:
         some = [layers[name] for name in names]
         if _may_share(some):
             fused = Fused(some)
@@ -91,12 +102,12 @@ def fuse_(model: nn.Module) -> None:
 def find_siblings(model: nn.Module) -> list[list[str]]:
     """Names of the packed layers that are given the very same tensor, in the order in which they are called.
 
-    One token goes through the model as a fake tensor: shapes without values, nothing is computed. A model whose way
-    depends on values cannot be followed so, and has none; nor has one of which parts are offloaded, for what brings them
-    would put fake tensors in their place.
+    One token goes through the model as a fake tensor: shapes without values, nothing is computed. Raises StructureError if a
+    model cannot be followed so, because its way depends on values, or because parts of it are offloaded: what brings
+    them would put fake tensors in their place.
     """
     if any(map(offloaded, model.modules())):
-        return []
+        raise StructureError("parts of the model are offloaded: no projections share a launch")
     given: dict[tuple[int, int], list[str]] = {}
     kept: list[Tensor] = []  # lest an id is given twice
 
@@ -118,8 +129,11 @@ def find_siblings(model: nn.Module) -> list[list[str]]:
         model.eval()
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    except Exception:
-        return []
+    except Exception as error:
+        what = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise StructureError(
+            f"one token cannot be followed through the model: no projections share a launch ({what})"
+        ) from error
     finally:
         model.train(was_training)
         for handle in hooks:

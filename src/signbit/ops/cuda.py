@@ -1,4 +1,4 @@
-"""The CUDA kernels (binary_linear.cu): where they run, matrices in their order, and the two ops on them."""
+"""The CUDA kernels (kernels/): where they run, matrices in their order, and the two ops on them."""
 
 from __future__ import annotations
 
@@ -30,30 +30,31 @@ MOST_TOKENS = 16
 #: From so many tokens on, a matrix unpacked for the call and torch's own product are faster than slices of 16.
 DENSE_FROM = 33
 
-_SOURCE = Path(__file__).with_name("binary_linear.cu")
+_SOURCES = Path(__file__).with_name("kernels")
 _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
 _SCALE_BYTES = 48 * 1024
 #: Beyond this many columns the float32 sums of int8's codes would not be exact.
 MAX_COLUMNS = 131072
+#: Terms that a plane's sums do not suffice for.
+_NOT_SIMPLE = ("SHIFT", "IN_SCALE", "IN_SHIFT")
 _SIGNS = -1  # of `unpack_signs` and `quantize`: int8 instead of a float type
 #: Whether torch.mm multiplies halves into float32.
 _FLOAT_SUMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 class _Arguments(ctypes.Structure):
-    """struct Arguments of binary_linear.cu."""
+    """struct Arguments of common.cuh."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("signs", "scale", "shift", "in_scale", "in_shift", "bias")),
-        *((name, c_void_p) for name in ("codes", "positions", "counts", "zeros", "starts", "salient_scale", "x", "y")),
+        *((name, c_void_p) for name in ("packets", "starts", "salient_scale", "zeros", "x", "y")),
         *((name, c_int) for name in ("rows", "columns", "groups", "width", "planes", "sign_planes", "in_scale_planes")),
-        *((name, c_int) for name in ("scale_rows", "float_type", "salient_bits", "tokens", "x_type", "bias_type")),
-        ("chunk", c_int),
+        *((name, c_int) for name in ("scale_rows", "float_type", "tokens", "x_type", "bias_type", "chunk")),
     )  # fmt: skip
 
 
 class _TokenArguments(ctypes.Structure):
-    """struct TokenArguments of binary_linear.cu."""
+    """struct TokenArguments of dense.cu."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "codes", "step")),
@@ -62,7 +63,7 @@ class _TokenArguments(ctypes.Structure):
 
 
 class _SumArguments(ctypes.Structure):
-    """struct SumArguments of binary_linear.cu."""
+    """struct SumArguments of dense.cu."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("sums", "step", "scale", "bias", "y")),
@@ -71,7 +72,7 @@ class _SumArguments(ctypes.Structure):
 
 
 class _HeadArguments(ctypes.Structure):
-    """struct HeadArguments of binary_linear.cu."""
+    """struct HeadArguments of head.cu."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("codes", "scale", "x", "y")),
@@ -106,11 +107,15 @@ def unsupported(w: Operands) -> str | None:
 def prepare(w: Operands) -> Prepared:
     """`w` in the kernels' order; the caller has asked `unsupported`."""
     signs, rows, columns = w.signs, w.signs.shape[1], w.in_features
-    if w.salient_positions is not None:
+    packets = None
+    if w.salient_positions is not None and w.salient_codes is not None:
+        index = bits.unpack_positions(w.salient_positions, w.salient_counts, rows, columns)
+        codes = bits.unpack_codes(w.salient_codes, len(index), w.salient_bits)
+        packets = layout.lay_packets(index, codes, rows, columns, columns // w.scale.shape[2])
         mask = torch.zeros(rows * columns, dtype=torch.bool, device=signs.device)
-        mask[bits.unpack_positions(w.salient_positions, w.salient_counts, rows, columns)] = True
+        mask[index] = True
         signs = signs & ~bits.pack_signs(mask.view(rows, columns))
-    laid = Prepared.of(w, layout.lay_tiles(signs, columns))
+    laid = Prepared.of(w, layout.lay_tiles(signs, columns), packets)
     # A kernel may read its weights before the work ahead of it has ended: let none of that be the making of them.
     torch.cuda.current_stream(w.signs.device).synchronize()
     return laid
@@ -125,8 +130,8 @@ class Multiplication:
     def __init__(self, w: Prepared, bias: Tensor | None = None) -> None:
         self.w, self.bias = w, bias
         self._rows, self._columns, self._groups, self._planes = w.shape[:4]
-        extras = (w.shift, w.in_scale, w.in_shift, w.salient_positions)
-        self._terms = any(t is not None for t in extras)
+        terms = {"SHIFT": w.shift, "IN_SCALE": w.in_scale, "IN_SHIFT": w.in_shift, "SALIENT": w.salient_codes}
+        self._terms = {name: term is not None for name, term in terms.items()}
         self._device = w.signs.device
         self._launches: dict[tuple[torch.dtype, str, int, bool], tuple[nvrtc.Kernel, int, int, int]] = {}
         self._point()
@@ -134,17 +139,17 @@ class Multiplication:
     def _point(self) -> None:
         """Tells the kernels where the tensors lie."""
         w, bias = self.w, self.bias
-        rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits = w.shape
+        rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, *_ = w.shape
         if bias is not None and (list(bias.shape) != [rows] or bias.dtype not in FLOATS or not bias.is_contiguous()):
             raise ShapeError(f"a bias is float32, bfloat16 or float16 [{rows}], not {bias.dtype} {list(bias.shape)}")
         self._places = self._where()
         pointers = (
-            w.signs, w.scale, w.shift, w.in_scale, w.in_shift, bias, w.salient_codes, w.salient_positions,
-            w.salient_counts, w.salient_zero, w.salient_starts, w.salient_scale, None, None,
+            w.signs, w.scale, w.shift, w.in_scale, w.in_shift, bias, w.salient_codes, w.salient_starts, w.salient_scale,
+            w.salient_zero, None, None,
         )  # fmt: skip
         self._arguments = _Arguments(
             *(None if t is None else t.data_ptr() for t in pointers), rows, columns, groups, columns // groups, planes,
-            sign_planes, in_scale_planes, scale_rows, FLOATS[w.scale.dtype], salient_bits,
+            sign_planes, in_scale_planes, scale_rows, FLOATS[w.scale.dtype],
             bias_type=0 if bias is None else FLOATS[bias.dtype],
         )  # fmt: skip
 
@@ -215,18 +220,18 @@ class Multiplication:
         # All columns at once if they fit beside the rest, else as large a part as fits.
         for parts in range(1, column_tiles + 1):
             chunk = -(-column_tiles // parts) * _TILE
-            simple = parts == 1 and self._planes == 1 and not self._terms
+            simple = parts == 1 and self._planes == 1 and not any(self._terms[name] for name in _NOT_SIMPLE)
             shared_bytes = self._shared_bytes(mode, tokens, stages, chunk, -(-row_tiles // grid), simple)
             if shared_bytes <= most:
                 break
         flags = {
             "MODE": mode, "COLUMNS": 2 if tokens > 8 else 1, "ONE": tokens == 1, "X_TYPE": FLOATS[dtype],
             "VECTORS": vectors, "SCALES": FLOATS[self.w.scale.dtype],
-            "SHARED_SCALES": self._scale_bytes(-(-row_tiles // grid)) > 0, "GROUPED": grouped, "TERMS": self._terms,
+            "SHARED_SCALES": self._scale_bytes(-(-row_tiles // grid)) > 0, "GROUPED": grouped, **self._terms,
             "SIMPLE": simple, "STAGES": stages,
         }  # fmt: skip
         macros = tuple(f"{name}={int(value)}" for name, value in flags.items())
-        plan = (_kernel(self._device.index, "linear", macros, True), grid, shared_bytes, chunk)
+        plan = (_kernel(self._device.index, "linear", "linear", macros, True), grid, shared_bytes, chunk)
         self._launches[dtype, activations, tokens, vectors] = plan
         return plan
 
@@ -239,12 +244,13 @@ class Multiplication:
         turns = min({1: 16, 8: 4, 16: 2}[wide], -(-tiles // (_WARPS // slots)))
         own = -(-chunk // _TILE // slots) * _TILE  # bytes of bit planes that a warp makes for itself
         activations = _WARPS * own if mode == 0 else tokens * (chunk + 32 if mode == 1 else chunk * 2 + 64)
-        results = 0 if simple else tiles * 16 * wide * 4
+        results, salient, shift = tiles * 16 * wide * 4, self._terms["SALIENT"], self._terms["SHIFT"]
         pieces = (
             _WARPS * stages * 512, activations, _WARPS * _TILE if mode == 0 else 0,
-            chunk if mode == 0 and self._terms else 0,
-            turns * _WARPS * 16 * wide * 4, results, results, self._scale_bytes(tiles),
-            tokens * self._groups * 4 if self.w.shift is not None else 0, 64, 64, 3 * _WARPS * 4,
+            chunk if mode == 0 and (shift or salient) else 0,
+            turns * _WARPS * 16 * wide * 4, 0 if simple else results, 0 if simple and not salient else results,
+            self._scale_bytes(tiles), tokens * self._groups * 4 if shift else 0, 64, 64, 3 * _WARPS * 4,
+            *((tiles * 16 * 4 + 4, tiles * 16 * 4, tiles * 16 * 4) if salient else ()),
         )  # fmt: skip
         return sum(-(-piece // 128) * 128 for piece in pieces)
 
@@ -258,7 +264,7 @@ class Multiplication:
 
         Integers where the scales come after them; else halves, which hold 8 bits and ±scale as it is stored.
         """
-        if self._planes > 1 or self._terms or self._columns % 8:
+        if self._planes > 1 or any(self._terms.values()) or self._columns % 8:
             return None
         if self._groups == 1:
             return torch.int8 if self._rows % 8 == 0 else None
@@ -288,16 +294,16 @@ class Multiplication:
         return y
 
     def _helper(self, name: str) -> nvrtc.Kernel:
-        return _kernel(self._device.index, name, ("UNPACK",), False)
+        return _kernel(self._device.index, "dense", name, (), False)
 
     def _unpack(self, out: Tensor, out_type: int) -> None:
         arguments = _Arguments.from_buffer_copy(self._arguments)
         arguments.y, arguments.x_type = out.data_ptr(), out_type
         stream = torch.cuda.current_stream().cuda_stream
         tiles = -(-self._rows // layout.BLOCK_ROWS) * -(-self._columns // _TILE)
-        plain = self._planes == 1 and not self._terms and self._columns % 8 == 0
+        plain = self._planes == 1 and not any(self._terms.values()) and self._columns % 8 == 0
         self._helper("unpack_signs" if plain else "unpack").launch(-(-tiles // 8), 256, 0, stream, arguments)
-        if self.w.salient_positions is not None:
+        if self._terms["SALIENT"]:
             self._helper("put_salient").launch(-(-self._rows // 8), 256, 0, stream, arguments)
 
 
@@ -328,7 +334,7 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Te
     with torch.cuda.device(x.device):
         at_once = tokens if activations == "int8" else 1
         macros = (f"HEAD={int(activations == 'int8')}", f"ONE={int(at_once == 1)}")
-        kernel = _kernel(x.device.index, "head", macros, True)
+        kernel = _kernel(x.device.index, "head", "head", macros, True)
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         stream = torch.cuda.current_stream().cuda_stream
         for first in range(0, tokens, at_once):
@@ -370,13 +376,13 @@ def check(index: int) -> str | None:
 
 
 @functools.cache
-def _kernel(index: int, name: str, macros: Sequence[str], overlaps: bool) -> nvrtc.Kernel:
+def _kernel(index: int, source: str, name: str, macros: Sequence[str], overlaps: bool) -> nvrtc.Kernel:
     major, _ = torch.cuda.get_device_capability(index)
-    return nvrtc.Kernel(_module(index, macros), name, overlaps and major >= 9)
+    return nvrtc.Kernel(_module(index, source, macros), name, overlaps and major >= 9)
 
 
 @functools.cache
-def _module(index: int, macros: Sequence[str]) -> nvrtc.Module:
+def _module(index: int, source: str, macros: Sequence[str]) -> nvrtc.Module:
     with torch.cuda.device(index):
         major, minor = torch.cuda.get_device_capability(index)
-        return nvrtc.Module(nvrtc.compiled(_SOURCE, macros, f"sm_{major}{minor}"))
+        return nvrtc.Module(nvrtc.compiled(_SOURCES / f"{source}.cu", macros, f"sm_{major}{minor}"))

@@ -6,7 +6,9 @@ chunk in one piece; scale and shift become […, block, G, 16]. Rows and columns
 so that the stored form need not be kept beside it.
 
 On the GPU signs become uint8 [planes, row tile, column tile, 32 lanes, 16 bytes], as a warp's matrix unit takes a tile of
-16 rows and 256 columns: see binary_linear.cu. A set bit is −1 there, and beyond N and K stands anything.
+16 rows and 256 columns: see kernels/common.cuh. A set bit is −1 there, and beyond N and K stands anything. Salient values
+become packets there: uint8 [packets, 16], each of up to seven values of one row, one block of 256 columns and one group
+of scales, so that a lane takes 16 bytes at a time and knows where all of them belong.
 """
 
 from __future__ import annotations
@@ -79,6 +81,49 @@ def stored_tiles(laid: Tensor, planes: int, rows: int, in_features: int) -> Tens
         positive = tile.reshape(planes, -1, tiles * TILE_COLUMNS)[..., :in_features] == 0
         pieces.append(bits.pack_signs(positive))
     return torch.cat(pieces, dim=1)[:, :rows].contiguous()
+
+
+_IN_PACKET = 7
+# Bytes 0 and 1: block + 4096·(how many); then of each value its column in the block, and its code.
+_COLUMN_BYTES, _CODE_BYTES = (4, 5, 6, 7, 2, 3, 15), (8, 9, 10, 11, 12, 13, 14)
+
+
+def lay_packets(index: Tensor, codes: Tensor, rows: int, in_features: int, width: int) -> tuple[Tensor, Tensor]:
+    """Salient values as packets uint8 [packets, 16], and how many lie before each row: int32 [N + 1].
+
+    `index` int64 [count] are their places in the flattened [N, K] matrix, ascending; `codes` [count] are below 256; a scale
+    holds for `width` columns. Missing values of a packet stand in the column of its first, with code 0.
+    """
+    row, column = index // in_features, index % in_features
+    block, group = column // TILE_COLUMNS, column // width
+    run = (row * (-(-in_features // TILE_COLUMNS)) + block) * (in_features // width) + group
+    _, run, length = torch.unique_consecutive(run, return_inverse=True, return_counts=True)
+    in_run = torch.arange(len(index), device=index.device) - (length.cumsum(0) - length)[run]
+    packets_of_run = -(-length // _IN_PACKET)
+    packet = (packets_of_run.cumsum(0) - packets_of_run)[run] + in_run // _IN_PACKET
+    first = in_run % _IN_PACKET == 0
+    held = (length[run] - in_run)[first].clamp(max=_IN_PACKET)
+    laid = torch.zeros(len(held), 16, dtype=torch.uint8, device=index.device)
+    head = block[first] + 4096 * held
+    laid[:, 0], laid[:, 1] = head % 256, head // 256
+    at = [torch.tensor(places, device=index.device) for places in (_COLUMN_BYTES, _CODE_BYTES)]
+    in_block = (column % TILE_COLUMNS).to(torch.uint8)
+    laid[:, at[0]] = in_block[first][:, None]
+    laid[packet, at[0][in_run % _IN_PACKET]] = in_block
+    laid[packet, at[1][in_run % _IN_PACKET]] = codes.to(torch.uint8)
+    starts = torch.zeros(rows + 1, dtype=torch.int32, device=index.device)
+    starts[1:] = torch.bincount(row[first], minlength=rows).cumsum(0)
+    return laid, starts
+
+
+def stored_packets(laid: Tensor, starts: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `lay_packets`: index int64 [count] and codes int32 [count]."""
+    head = laid[:, 0].long() + 256 * laid[:, 1].long()
+    rows = torch.arange(len(starts) - 1, device=laid.device)
+    row = rows.repeat_interleave(starts.diff().long(), output_size=len(laid))
+    held = torch.arange(_IN_PACKET, device=laid.device) < (head // 4096)[:, None]
+    column = (head % 4096 * TILE_COLUMNS)[:, None] + laid[:, list(_COLUMN_BYTES)]
+    return (row[:, None] * in_features + column)[held], laid[:, list(_CODE_BYTES)][held].to(torch.int32)
 
 
 def lay_rows(values: Tensor) -> Tensor:

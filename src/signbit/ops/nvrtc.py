@@ -75,21 +75,25 @@ def _cache() -> Path:
 def compiled(source: Path, macros: Sequence[str], arch: str) -> bytes:
     """Machine code of `source` for `arch` ("sm_90"), from the cache if the same was compiled before.
 
-    `macros` are "NAME=VALUE". The name of a cached file is a hash of the source, the macros, the architecture and
-    NVRTC's version. Raises SignbitError with NVRTC's messages if it does not compile.
+    `macros` are "NAME=VALUE"; it may include the .cuh files beside it. The name of a cached file is a hash of the source,
+    those files, the macros, the architecture and NVRTC's version. Raises SignbitError with NVRTC's messages if it does not
+    compile.
     """
     nvrtc = _nvrtc()
     if isinstance(nvrtc, str):
         raise SignbitError(nvrtc)
     text = source.read_bytes()
+    headers = {path.name: path.read_bytes() for path in sorted(source.parent.glob("*.cuh"))}
     major, minor = c_int(), c_int()
     nvrtc.nvrtcVersion(byref(major), byref(minor))
     options = [f"--gpu-architecture={arch}", "-std=c++17", "-default-device", *(f"-D{macro}" for macro in macros)]
-    key = hashlib.sha256(b"\0".join([text, *map(str.encode, options), f"{major.value}.{minor.value}".encode()]))
+    key = hashlib.sha256(
+        b"\0".join([text, *headers.values(), *map(str.encode, options), f"{major.value}.{minor.value}".encode()])
+    )
     path = _cache() / f"{source.stem}-{arch}-{key.hexdigest()[:24]}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
-    code = _compile(nvrtc, text, source.name, options)
+    code = _compile(nvrtc, text, headers, source.name, options)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
@@ -98,7 +102,7 @@ def compiled(source: Path, macros: Sequence[str], arch: str) -> bytes:
     return code
 
 
-def _compile(nvrtc: ctypes.CDLL, text: bytes, name: str, options: list[str]) -> bytes:
+def _compile(nvrtc: ctypes.CDLL, text: bytes, headers: dict[str, bytes], name: str, options: list[str]) -> bytes:
     program = c_void_p()
 
     def check(status: int) -> None:
@@ -113,7 +117,9 @@ def _compile(nvrtc: ctypes.CDLL, text: bytes, name: str, options: list[str]) -> 
         check(getattr(nvrtc, f"nvrtcGet{what}")(program, buffer))
         return buffer.raw
 
-    check(nvrtc.nvrtcCreateProgram(byref(program), text, name.encode(), 0, None, None))
+    strings = c_char_p * len(headers)
+    included = strings(*headers.values()), strings(*map(str.encode, headers))
+    check(nvrtc.nvrtcCreateProgram(byref(program), text, name.encode(), len(headers), *included))
     try:
         status = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*map(str.encode, options)))
         if status:

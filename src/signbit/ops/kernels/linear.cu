@@ -1,51 +1,32 @@
-// y = W · x for few tokens on packed bits, and W as a dense matrix: the CUDA kernels, compiled by NVRTC at the first use.
-//
-// No header is included, so that nothing but a driver and NVRTC (which torch brings) is needed. The macros that choose a
-// variant are set by cuda.py:
+// y = W · x for up to 16 tokens on packed bits. The macros that choose a variant are set by cuda.py; code that does not run
+// is not in a kernel: a launch is so short that fetching instructions counts.
 //   MODE      0 int8, one token, no groups: the eight bit planes of its codes are the columns of a one-bit product
 //             1 int8, signs as ±64 in bytes; 2 exact, float16; 3 exact, bfloat16, signs as ±1 in halves: up to
 //               8·COLUMNS tokens
 //   COLUMNS   blocks of eight tokens: 1 or 2
 //   ONE       1 for one token
 //   SCALES    float type of scales and shifts;  SHARED_SCALES 1 if those of a block's rows lie in shared memory
-//   X_TYPE    float type of x and y;  VECTORS 1 if eight of its halves can be read at a time. Code that does not run here
-//             is not in the kernel: a launch is so short that fetching instructions counts
+//   X_TYPE    float type of x and y;  VECTORS 1 if eight of its halves can be read at a time
 //   GROUPED   1 if a row has several scales
 //   STAGES    tiles of 512 bytes that a warp fetches ahead
-//   SIMPLE    1 if one plane, whose columns all lie prepared at once, is the whole product
-//   TERMS     1 if there are input scales, shifts or salient values
-//   UNPACK    instead of all these: the kernels around the dense product that many tokens take
-//   HEAD      instead of all these but ONE: the int8 matrix, with float activations (HEAD=0) or int8 ones (HEAD=1)
-//
-// Dims: N rows, K columns, G groups of `width` columns, P planes, T tokens. A row tile is 16 rows, a column tile 256
-// columns. Signs lie as the matrix units take them (layout.lay_tiles): [P][row tile][column tile][lane][4 words], a set
-// bit for −1. Lane 4g + t of a warp holds of rows g and g + 8 the columns 32p + 16h + 4t + b as bit 8b + p of a word,
-// h = 0, 1: word 2h + (row ≥ 8). So byte p of … of all lanes make 32 neighbouring columns, which is why groups of 32
-// columns or more need no other order. Scales and shifts lie as [P][row tile][G][16].
-
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef unsigned long long u64;
+//   SHIFT, IN_SCALE, IN_SHIFT, SALIENT   1 for each of these terms that there is
+//   SIMPLE    1 if one plane, whose columns all lie prepared at once, is the whole product but for salient values
+#include "common.cuh"
 
 #ifndef MODE
-#define MODE 0
+#define MODE 0 // for editors: a variant of all terms
 #define COLUMNS 1
-#ifndef ONE
 #define ONE 1
-#endif
 #define X_TYPE 0
 #define VECTORS 0
 #define SHARED_SCALES 0
 #define GROUPED 0
-#define TERMS 0
+#define SHIFT 1
+#define IN_SCALE 1
+#define IN_SHIFT 1
+#define SALIENT 1
 #define SIMPLE 0
 #define STAGES 4
-#endif
-#ifdef SCALES
-#define FLOAT_TYPE(a) SCALES
-#else
-#define FLOAT_TYPE(a) (a).float_type
 #endif
 #define WARPS 16
 #define THREADS (32 * WARPS)
@@ -54,66 +35,6 @@ typedef unsigned long long u64;
 #define BATCH (!VECTORS ? 1 : ONE ? 3 : COLUMNS == 1 ? 8 : 4) // vectors of eight activations that a thread reads at a time
 #define AT_ONCE (MODE == 0 ? 4 : 2) // row tiles that a warp multiplies at a time
 
-struct Arguments {
-  const uint4 *signs;
-  const void *scale, *shift, *in_scale, *in_shift, *bias;
-  const u8 *codes, *positions, *counts, *zeros;
-  const u32 *starts;
-  const void *salient_scale, *x;
-  void *y;
-  int rows, columns, groups, width, planes, sign_planes, in_scale_planes, scale_rows, float_type, salient_bits;
-  int tokens, x_type, bias_type;
-  int chunk; // columns that lie prepared in shared memory at a time, a multiple of 256
-};
-
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
-__device__ __forceinline__ float half_to_float(u16 h) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return f;
-}
-__device__ __forceinline__ u16 float_to_half(float f) {
-  u16 h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-  return h;
-}
-__device__ __forceinline__ u16 float_to_bfloat(float f) {
-  u16 h;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-  return h;
-}
-__device__ __forceinline__ float widen(u16 h, int type) {
-  return type == BFLOAT16 ? __uint_as_float(u32(h) << 16) : half_to_float(h);
-}
-__device__ __forceinline__ u16 narrow(float f, int type) { return type == BFLOAT16 ? float_to_bfloat(f) : float_to_half(f); }
-__device__ __forceinline__ float load(const void *from, long long i, int type) {
-  return type == FLOAT32 ? ((const float *)from)[i] : widen(((const u16 *)from)[i], type);
-}
-__device__ __forceinline__ float rounded(float f, int type) { return type == FLOAT32 ? f : widen(narrow(f, type), type); }
-__device__ __forceinline__ void store(void *to, long long i, float f, int type) {
-  if (type == FLOAT32) ((float *)to)[i] = f;
-  else ((u16 *)to)[i] = narrow(f, type);
-}
-
-// Activations come from the kernel before this one, which may still run when this one begins: they are read where all
-// multiprocessors see them, past the first-level cache, which may hold what stood there earlier.
-__device__ __forceinline__ u32 fresh32(const void *p) {
-  u32 v;
-  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
-__device__ __forceinline__ u16 fresh16(const void *p) {
-  u16 v;
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p));
-  return v;
-}
-__device__ __forceinline__ uint4 fresh128(const void *p) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
 __device__ __forceinline__ void copy_async(void *shared, const void *global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global)
                : "memory");
@@ -121,18 +42,6 @@ __device__ __forceinline__ void copy_async(void *shared, const void *global) {
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void await_oldest_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(STAGES / AT_ONCE - 1) : "memory");
-}
-
-// Lets the next kernel begin, which reads its weights while this one computes; and waits for all of the one before.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ void multiply_bits(int (&acc)[4], const uint4 &a, u32 b0, u32 b1) {
@@ -173,14 +82,18 @@ struct Shared {
   uint4 *ring;    // [WARPS][STAGES][32]
   u8 *activations; // [T][pitch] bytes or halves; MODE 0: the warp's own, [its column tiles][32 lanes][2] words of bit planes
   u8 *bytes;       // MODE 0: the warp's own, [256] codes of a column tile
-  u8 *codes;       // MODE 0 with other terms: [column tile][256] codes
+  u8 *codes;       // MODE 0 with shift or salient values: [column tile][256] codes
   Sum *partial; // [tiles at a time][slots][16][T or 8·COLUMNS]
   Sum *sums;    // [tiles][16][T]: of one plane
-  float *result;    // [tiles][16][T]
+  float *result;    // [tiles][16][T], if it is not what comes out of the one plane
   float *scales;    // [P][tiles][G][16], or none
   float *group_sums; // [T][G]
   float *step, *dot; // [TOKENS] each
   float *row;       // [3][WARPS]
+  // Of the block's rows, of salient values: where their packets begin, [rows + 1], their scale and zero.
+  u32 *starts;
+  float *salient_scale;
+  int *zeros;
 };
 
 #define WIDE (ONE ? 1 : TOKENS)
@@ -221,8 +134,8 @@ __device__ __forceinline__ void read8(const Arguments &a, int token, int k, floa
 }
 
 __device__ __forceinline__ void scale8(const Arguments &a, int plane, int k, float (&f)[8]) {
-#if TERMS
-  if (plane < 0 || a.in_scale == 0) return;
+#if IN_SCALE
+  if (plane < 0) return;
   const long long row = (long long)min(plane, a.in_scale_planes - 1) * a.columns;
   for (int i = 0; i < 8; i++)
     if (k + i < a.columns) f[i] *= load(a.in_scale, row + k + i, FLOAT_TYPE(a));
@@ -371,7 +284,7 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
         u32 *to = (u32 *)s.bytes + lane % 2 * 32 + lane / 2 % 2 * 8 + lane / 4;
         to[0] = low;
         to[16] = high;
-#if TERMS
+#if SHIFT || SALIENT
         if (warp < plan.slots) *(uint2 *)(s.codes + (k - begin)) = make_uint2(low, high);
 #endif
         __syncwarp();
@@ -413,7 +326,7 @@ __device__ __forceinline__ void prepare(const Arguments &a, const Plan &plan, co
     s.row[WARPS + warp] = __int_as_float(before + (warp < plan.slots ? total : 0));
   }
 #endif
-#if MODE > 0 || TERMS
+#if MODE > 0 || SHIFT || SALIENT
   __syncthreads();
 #endif
 }
@@ -431,10 +344,6 @@ __device__ __forceinline__ float activation(const Plan &plan, const Shared &s, i
 #endif
 }
 
-__device__ __forceinline__ float scale_in_memory(const Arguments &a, int row_tiles, int plane, int tile, int group, int row) {
-  return a.scale_rows ? load(a.scale, (((long long)plane * row_tiles + tile) * a.groups + group) * 16 + row, FLOAT_TYPE(a))
-                      : load(a.scale, plane * a.groups + group, FLOAT_TYPE(a));
-}
 // Of the block's own row tiles, which are counted from 0.
 __device__ __forceinline__ float scale_of(const Arguments &a, const Plan &plan, const Shared &s, int plane, int tile, int group,
                                           int row) {
@@ -442,121 +351,153 @@ __device__ __forceinline__ float scale_of(const Arguments &a, const Plan &plan, 
   return scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, group, row);
 }
 
-#if TERMS || defined(UNPACK)
-__device__ __forceinline__ u32 salient_code(const Arguments &a, u32 e) {
-  if (a.salient_bits == 8) return a.codes[e];
-  const u64 bit = (u64)e * a.salient_bits;
-  const u8 *byte = a.codes + bit / 8;
-  const int in_byte = bit % 8;
-  u32 code = byte[0] >> in_byte;
-  if (in_byte + a.salient_bits > 8) code |= u32(byte[1]) << (8 - in_byte);
-  return code & ((1u << a.salient_bits) - 1);
-}
+#if SALIENT
+#define PACKETS 2 // of a lane, that it fetches while it adds up those before
 
-// Calls visit(column, code) for row n's salient values in columns [begin, end), both multiples of 256 or K; all lanes of
-// a warp together.
-template <class Visit>
-__device__ __forceinline__ void salient_row(const Arguments &a, int n, int begin, int end, Visit visit) {
-  const int lane = threadIdx.x % 32, blocks = (a.columns + 255) / 256, width = (a.columns + 7) / 8;
-  u32 base = a.starts[n];
-  auto sums_before = [&](u32 own) { // of the lanes ahead; `base` moves on
-    u32 sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const u32 other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
-    const u32 before = base + sum - own;
-    base += __shfl_sync(~0u, sum, 31);
-    return before;
-  };
-  if (a.counts != 0) {
-    // Sections of 256 columns, some at a time, so that their loads do not wait for each other.
-    constexpr int SOME = ONE ? 8 : 4;
-    for (int first = 0; first < blocks; first += 32) {
-      const int own = first + lane < blocks ? a.counts[(long long)n * blocks + first + lane] : 0;
-      const u32 start = sums_before(own);
-      const int last = min(min(32, blocks - first), (end + 255) / 256 - first);
-      for (int j0 = max(0, begin / 256 - first); j0 < last; j0 += SOME) {
-        int count[SOME];
-        u32 position[SOME], code[SOME];
-#pragma unroll
-        for (int u = 0; u < SOME; u++) {
-          const u32 at = __shfl_sync(~0u, start, (j0 + u) % 32) + lane;
-          count[u] = __shfl_sync(~0u, own, (j0 + u) % 32);
-          if (j0 + u >= last) count[u] = 0;
-          if (lane < count[u]) position[u] = a.positions[at], code[u] = salient_code(a, at);
-        }
-#pragma unroll
-        for (int u = 0; u < SOME; u++)
-          if (lane < count[u]) visit((first + j0 + u) * 256 + position[u], code[u]);
-      }
-      if (__any_sync(~0u, own > 32))
-        for (int j = max(0, begin / 256 - first); j < last; j++) {
-          const int count = __shfl_sync(~0u, own, j);
-          const u32 at = __shfl_sync(~0u, start, j);
-          for (int i = lane + 32; i < count; i += 32) visit((first + j) * 256 + a.positions[at + i], salient_code(a, at + i));
-        }
-    }
-    return;
-  }
-  for (int first = 0; first < width; first += 32) {
-    const u32 own = first + lane < width ? a.positions[(long long)n * width + first + lane] : 0;
-    u32 at = sums_before(__popc(own));
-    if (first * 8 >= begin && first * 8 < end)
-      for (u32 left = own; left != 0; left &= left - 1) visit((first + lane) * 8 + __ffs(left) - 1, salient_code(a, at++));
-  }
-}
-
-// Row n's value of a code.
-struct SalientRow {
-  float scale;
-  int zero;
-  __device__ __forceinline__ SalientRow(const Arguments &a, int n)
-      : scale(load(a.salient_scale, n, FLOAT_TYPE(a))), zero(a.zeros[n]) {}
-  __device__ __forceinline__ float operator()(u32 code) const { return __fmul_rn(scale, float(int(code) - zero)); }
+// A warp's rows are every WARPS-th of the block's; their packets come 32·PACKETS at a time.
+struct Packets {
+  uint4 of[PACKETS];
+  int row, count; // whose they are, and how many from the first lane's first on; row ≥ rows: none are left
+  bool last;      // of the row
 };
-#endif
+struct PacketWalk {
+  int row, rows;
+  u32 at, end;
 
-#if TERMS
+  __device__ __forceinline__ void begin(const Arguments &a, const Plan &plan) {
+    rows = min(plan.tiles * 16, a.rows - plan.first * 16);
+    row = (int)(threadIdx.x / 32) - WARPS;
+    at = end = 0;
+  }
+  __device__ __forceinline__ Packets next(const Arguments &a, const Shared &s) {
+    while (at >= end && row < rows) {
+      row += WARPS;
+      if (row < rows) at = s.starts[row], end = s.starts[row + 1];
+    }
+    Packets p;
+    p.row = row;
+    p.count = row < rows ? end - at : 0;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int u = 0; u < PACKETS; u++)
+      if (lane + 32 * u < p.count) p.of[u] = __ldg(a.packets + at + lane + 32 * u);
+    at += 32 * PACKETS;
+    p.last = at >= end;
+    return p;
+  }
+};
+
+// Where the activations of four columns of a block lie, counted in activations: see prepare.
+__device__ __forceinline__ u32 places(u32 columns) {
+#if MODE == 0
+  return columns;
+#elif MODE == 1
+  return (columns & 0xe3e3e3e3) | (columns & 0x0c0c0c0c) << 1 | (columns >> 2 & 0x04040404);
+#else
+  return (columns & 0xe0e0e0e0) | (columns & 0x0c0c0c0c) << 1 | (columns & 0x01010101) << 2 | (columns >> 3 & 0x02020202) |
+         (columns >> 1 & 0x01010101);
+#endif
+}
+
+// Of one token and one packet: `codes` += Σ code·q (floats: Σ (code − zero)·q) and `all` += Σ q over its columns.
+__device__ __forceinline__ void add_packet(const uint4 &packet, const uint4 &place, const u8 *block, float zero, Product &codes,
+                                           Product &all) {
+  const int missing = 7 - packet_count(packet);
+#if INT8
+  u32 q[7];
+#pragma unroll
+  for (int i = 0; i < 7; i++) q[i] = block[packet_column(place, i)];
+  const u32 low = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+  const u32 high = __byte_perm(__byte_perm(q[4], q[5], 0x0040), q[6], 0x5410);
+  asm("dp4a.s32.u32 %0, %1, %2, %0;" : "+r"(codes) : "r"(low), "r"(packet.z));
+  asm("dp4a.s32.u32 %0, %1, %2, %0;" : "+r"(codes) : "r"(high), "r"(packet.w));
+  all = __dp4a((int)low, 0x01010101, __dp4a((int)high, 0x01010101, all)) - missing * (signed char)q[0];
+#else
+  float first;
+#pragma unroll
+  for (int i = 0; i < 7; i++) {
+    const float q = widen(((const u16 *)block)[packet_column(place, i)], MODE == 3 ? BFLOAT16 : FLOAT16);
+    // The float whose last byte is the code: 2²³ + code.
+    codes += (__uint_as_float(0x4b000000 | packet_code(packet, i)) - (8388608.0f + zero)) * q;
+    all += q;
+    if (i == 0) first = q;
+  }
+  if (missing > 0) all -= missing * first, codes += missing * zero * first;
+#endif
+}
+
 // Salient values take the place of what stands at their positions. There all sign bits say −1 and the shifts are as
 // everywhere: that much is taken back, of the activations that are prepared now, and the values meet x itself.
-__device__ void add_salient(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end) {
+__device__ __forceinline__ void add_salient(const Arguments &a, const Plan &plan, const Shared &s, int plane, int begin, int end,
+                                            PacketWalk &walk, Packets p) {
   constexpr int MOST = ONE ? 1 : TOKENS;
   const int lane = threadIdx.x % 32;
-  const bool whole = plane < 0 || (plane == 0 && a.in_scale == 0);
-  for (int row = threadIdx.x / 32; row < plan.tiles * 16; row += WARPS) {
-    const int n = plan.first * 16 + row, tile = plan.first + row / 16;
-    if (n >= a.rows) break;
-    const SalientRow value(a, n);
-    const float one_scale = plane >= 0 && !GROUPED ? scale_of(a, plan, s, plane, row / 16, 0, row % 16) : 0;
-    float sums[MOST], plain[MOST];
-    for (int t = 0; t < MOST; t++) sums[t] = plain[t] = 0;
-    salient_row(a, n, begin, end, [&](int column, u32 code) {
-      const int group = GROUPED ? column / a.width : 0;
-      float factor = plane >= 0 && GROUPED ? scale_of(a, plan, s, plane, row / 16, group, row % 16) : one_scale;
-      if (whole) {
-        factor += value(code);
-        if (a.shift != 0) factor -= load(a.shift, ((long long)tile * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a));
-      }
-      const float shift = whole && a.in_shift != 0 ? load(a.in_shift, column, FLOAT_TYPE(a)) : 0;
+  const bool whole = plane < 0 || (plane == 0 && !IN_SCALE);
+  Product codes[MOST], all[MOST];
+  float grouped[MOST], plain[MOST];
+#pragma unroll
+  for (int t = 0; t < MOST; t++) codes[t] = all[t] = 0, grouped[t] = plain[t] = 0;
+  while (p.row < walk.rows) {
+    const Packets next = walk.next(a, s);
+    const float zero = s.zeros[p.row];
+    auto factor = [&](int group) { // of what is taken back
+      float f = plane < 0 ? 0 : scale_of(a, plan, s, plane, p.row / 16, group, p.row % 16);
+      if (SHIFT && whole)
+        f -= load(a.shift, ((long long)(plan.first + p.row / 16) * a.groups + group) * 16 + p.row % 16, FLOAT_TYPE(a));
+      return f;
+    };
+#pragma unroll
+    for (int u = 0; u < PACKETS; u++) {
+      const uint4 &packet = p.of[u];
+      if (lane + 32 * u >= p.count) continue;
+      const int in_chunk = packet_block(packet) * 256 - begin;
+      if (in_chunk < 0 || in_chunk >= end - begin) continue;
+      const uint4 place = make_uint4(places(packet.x & 0xffff0000), places(packet.y), 0, places(packet.w & 0xff000000));
+      [[maybe_unused]] const float group_factor =
+          GROUPED ? factor((packet_block(packet) * 256 + packet_column(packet, 0)) / a.width) : 0;
 #pragma unroll
       for (int t = 0; t < MOST; t++)
         if (ONE || t < a.tokens) {
-          sums[t] += factor * activation(plan, s, t, column - begin);
-          if (shift != 0) {
-            const long long at = (long long)t * a.columns + column;
-            plain[t] += shift * (X_TYPE == FLOAT32 ? __uint_as_float(fresh32((const float *)a.x + at))
-                                                   : widen(fresh16((const u16 *)a.x + at), X_TYPE));
-          }
+#if MODE == 0
+          const u8 *block = s.codes + in_chunk;
+#else
+          const u8 *block = s.activations + t * plan.pitch + in_chunk * (INT8 ? 1 : 2);
+#endif
+#if GROUPED
+          Product own = 0;
+          add_packet(packet, place, block, zero, codes[t], own);
+          grouped[t] += group_factor * float(own);
+          all[t] += own;
+#else
+          add_packet(packet, place, block, zero, codes[t], all[t]);
+#endif
+#if IN_SHIFT
+          if (whole)
+            for (int i = 0; i < packet_count(packet); i++) {
+              const int column = packet_block(packet) * 256 + packet_column(packet, i);
+              const long long at = (long long)t * a.columns + column;
+              plain[t] += load(a.in_shift, column, FLOAT_TYPE(a)) *
+                          (X_TYPE == FLOAT32 ? __uint_as_float(fresh32((const float *)a.x + at))
+                                             : widen(fresh16((const u16 *)a.x + at), X_TYPE));
+            }
+#endif
         }
-    });
+    }
+    if (p.last) {
+      const float scale = whole ? s.salient_scale[p.row] : 0, row_factor = GROUPED ? 0 : factor(0);
 #pragma unroll
-    for (int t = 0; t < MOST; t++)
-      if (ONE || t < a.tokens) {
-        float sum = INT8 ? sums[t] * (s.step[t] / 127.0f) - plain[t] : sums[t] - plain[t];
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        if (lane == 0) s.result[row * WIDE + t] += sum;
-      }
+      for (int t = 0; t < MOST; t++)
+        if (ONE || t < a.tokens) {
+          float sum = scale * (INT8 ? float(codes[t]) - zero * float(all[t]) : float(codes[t]));
+          sum += GROUPED ? grouped[t] : row_factor * float(all[t]);
+          if (INT8) sum *= s.step[t] / 127.0f;
+          sum -= plain[t];
+          for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+          if (lane == 0) s.result[p.row * WIDE + t] += sum;
+          codes[t] = all[t] = 0, grouped[t] = plain[t] = 0;
+        }
+    }
+    p = next;
   }
 }
 #endif
@@ -732,105 +673,9 @@ __device__ __forceinline__ void write(const Arguments &a, const Plan &plan, int 
   store(a.y, (long long)token * a.rows + n, y, X_TYPE);
 }
 
-#if defined(HEAD)
-
-struct HeadArguments {
-  const uint4 *codes; // int8 [N][K], K a multiple of 16
-  const void *scale, *x;
-  void *y;
-  int rows, columns, float_type, tokens, x_type;
-};
-
-// y = x · (scale ∘ codes)ᵀ for up to 16 tokens with int8 activations, for one with floats; a warp takes a row at a time.
-extern "C" __global__ void __launch_bounds__(256, ONE ? 4 : 1) head(const HeadArguments a) {
-  extern __shared__ __align__(128) u8 memory[];
-  float *row = (float *)memory, *step = row + 16;
-  u8 *prepared = memory + 256;
-  let_next_begin();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  await_previous();
-  auto read = [&](int token, int k) {
-    const long long at = (long long)token * a.columns + k;
-    return a.x_type == FLOAT32 ? __uint_as_float(fresh32((const float *)a.x + at))
-                               : widen(fresh16((const u16 *)a.x + at), a.x_type);
-  };
-#if HEAD
-  const int warps = a.tokens < 8 ? 8 / a.tokens : 1;
-  for (int first = 0; first < a.tokens; first += 8 / warps) {
-    const int token = first + warp / warps, from = warp % warps * 32 + lane;
-    const bool mine = warp / warps < 8 / warps && token < a.tokens;
-    u32 most = 0;
-    if (mine)
-      for (int k = from; k < a.columns; k += warps * 32) most = max(most, __float_as_uint(read(token, k)) & 0x7fffffff);
-    for (int s = 16; s > 0; s /= 2) most = max(most, __shfl_xor_sync(~0u, most, s));
-    if (lane == 0) row[warp] = __uint_as_float(most);
-    __syncthreads();
-    if (mine) {
-      most = 0;
-      for (int w = 0; w < warps; w++) most = max(most, __float_as_uint(row[warp / warps * warps + w]));
-      const float largest = most >= 0x7f800000 ? __uint_as_float(0x7fffffff) : fmaxf(__uint_as_float(most), 1e-5f);
-      if (lane == 0 && warp % warps == 0) step[token] = largest / 127.0f;
-      for (int k = from; k < a.columns; k += warps * 32)
-        prepared[token * a.columns + k] = (u8)__float2int_rn(__fdiv_rn(127.0f * read(token, k), largest));
-    }
-    __syncthreads();
-  }
-#else
-  // A lane takes 16 columns as four vectors: those of all lanes lie side by side.
-  for (int k = threadIdx.x; k < a.columns; k += 256)
-    ((float *)prepared)[((k / 512 * 4 + k / 4 % 4) * 32 + k / 16 % 32) * 4 + k % 4] = read(0, k);
-  __syncthreads();
-#endif
-  const int vectors = a.columns / 16, tokens = ONE ? 1 : a.tokens;
-  for (int n = blockIdx.x * 8 + warp; n < a.rows; n += gridDim.x * 8) {
-    const uint4 *codes = a.codes + (long long)n * vectors;
-    const float scale = load(a.scale, n, a.float_type);
-#if HEAD
-    constexpr int MOST = ONE ? 1 : 16;
-    int sums[MOST];
-#pragma unroll
-    for (int t = 0; t < MOST; t++) sums[t] = 0;
-#pragma unroll 8
-    for (int v = lane; v < vectors; v += 32) {
-      const uint4 c = codes[v];
-#pragma unroll
-      for (int t = 0; t < MOST; t++)
-        if (t < tokens) {
-          const uint4 q = *(const uint4 *)(prepared + t * a.columns + v * 16);
-          sums[t] = __dp4a((int)c.x, (int)q.x, sums[t]);
-          sums[t] = __dp4a((int)c.y, (int)q.y, sums[t]);
-          sums[t] = __dp4a((int)c.z, (int)q.z, sums[t]);
-          sums[t] = __dp4a((int)c.w, (int)q.w, sums[t]);
-        }
-    }
-#pragma unroll
-    for (int t = 0; t < MOST; t++)
-      if (t < tokens) {
-        sums[t] = __reduce_add_sync(~0u, sums[t]);
-        if (lane == 0) store(a.y, (long long)t * a.rows + n, float(sums[t]) * (scale * step[t]), a.x_type);
-      }
-#else
-    float sum = 0;
-#pragma unroll 4
-    for (int v = lane; v < vectors; v += 32) {
-      const uint4 c = codes[v];
-      const u32 words[4] = {c.x, c.y, c.z, c.w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float4 x = ((const float4 *)prepared)[(v / 32 * 4 + j) * 32 + lane];
-        sum += x.x * float((signed char)(words[j])) + x.y * float((signed char)(words[j] >> 8)) +
-               x.z * float((signed char)(words[j] >> 16)) + x.w * float((signed char)(words[j] >> 24));
-      }
-    }
-    for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
-    if (lane == 0) store(a.y, n, sum * scale, a.x_type);
-#endif
-  }
-}
-
-#elif !defined(UNPACK)
 // Two on a multiprocessor: the next layer's fetches its weights while this one computes.
-extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) linear(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, ONE && !SHIFT && !IN_SCALE && !IN_SHIFT ? 2 : 1)
+    linear(const Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   let_next_begin();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -865,18 +710,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
   const int own_bytes = (plan.chunk_tiles + plan.slots - 1) / plan.slots * 256;
   s.activations = take(WARPS * own_bytes) + warp * own_bytes;
   s.bytes = take(WARPS * 256) + warp * 256;
-  s.codes = take(TERMS ? a.chunk : 0);
+  s.codes = take(SHIFT || SALIENT ? a.chunk : 0);
 #else
   s.activations = take(a.tokens * plan.pitch);
 #endif
   s.partial = (Sum *)take(turns * WARPS * 16 * WIDE * 4);
   s.sums = (Sum *)take(SIMPLE ? 0 : plan.tiles * 16 * WIDE * 4);
-  s.result = (float *)take(SIMPLE ? 0 : plan.tiles * 16 * WIDE * 4);
+  s.result = (float *)take(SIMPLE && !SALIENT ? 0 : plan.tiles * 16 * WIDE * 4);
   s.scales = (float *)take(SHARED_SCALES ? a.planes * plan.tiles * a.groups * 16 * 4 : 0);
-  s.group_sums = (float *)take(a.shift ? a.tokens * a.groups * 4 : 0);
+  s.group_sums = (float *)take(SHIFT ? a.tokens * a.groups * 4 : 0);
   s.step = (float *)take(16 * 4);
   s.dot = (float *)take(16 * 4);
   s.row = (float *)take(3 * WARPS * 4);
+  s.starts = (u32 *)take(SALIENT ? (plan.tiles * 16 + 1) * 4 : 0);
+  s.salient_scale = (float *)take(SALIENT ? plan.tiles * 16 * 4 : 0);
+  s.zeros = (int *)take(SALIENT ? plan.tiles * 16 * 4 : 0);
 
   Walk ahead;
   ahead.begin(plan);
@@ -888,16 +736,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
       const int tile = line / groups;
       s.scales[i] = scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, line - tile * groups, i % 16);
     }
-#if !SIMPLE
+#if !SIMPLE || SALIENT
   for (int i = threadIdx.x; i < plan.tiles * 16 * WIDE; i += THREADS) s.result[i] = 0;
+#endif
+#if SALIENT
+  PacketWalk walk;
+  walk.begin(a, plan);
+  for (int i = threadIdx.x; i <= walk.rows; i += THREADS) {
+    const int n = plan.first * 16 + i;
+    s.starts[i] = a.starts[n];
+    if (i < walk.rows) s.salient_scale[i] = load(a.salient_scale, n, FLOAT_TYPE(a)), s.zeros[i] = a.zeros[n];
+  }
+  __syncthreads();
+  Packets packets = walk.next(a, s);
 #endif
   await_previous();
 
-#if TERMS
   // What meets x itself: the sums of its groups, and the input shift's one number a token.
-  if (a.shift != 0)
-    for (int i = threadIdx.x; i < a.tokens * a.groups; i += THREADS) s.group_sums[i] = 0;
-  if (a.in_shift != 0) {
+#if SHIFT
+  for (int i = threadIdx.x; i < a.tokens * a.groups; i += THREADS) s.group_sums[i] = 0;
+#endif
+#if IN_SHIFT
+  {
     const Share share = share_of(a);
     float dot = 0;
     if (share.mine)
@@ -916,10 +776,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
       s.dot[threadIdx.x] = all;
     }
   }
-  const int first_plane = a.in_scale != 0 && (a.shift != 0 || a.positions != 0) ? -1 : 0;
-#else
-  const int first_plane = 0;
 #endif
+  constexpr int first_plane = IN_SCALE && (SHIFT || SALIENT) ? -1 : 0;
 
   int stage = 0;
   for (int plane = first_plane; plane < plan.planes; plane++) {
@@ -928,10 +786,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
 #endif
     for (int chunk = 0; chunk < plan.chunks; chunk++) {
       const int begin = chunk * a.chunk, end = min(begin + a.chunk, plan.column_tiles * 256);
-      if (SIMPLE || plane <= first_plane || plan.chunks > 1 || (a.in_scale != 0 && plane < a.in_scale_planes))
+      if (SIMPLE || plane <= first_plane || plan.chunks > 1 || (IN_SCALE && plane < a.in_scale_planes))
         prepare(a, plan, s, plane, begin, end, chunk == 0);
-#if TERMS
-      if (plane == first_plane && a.shift != 0)
+#if SHIFT
+      if (plane == first_plane)
         for (int i = warp; i < a.tokens * a.groups; i += WARPS) {
           const int token = i / a.groups, group = i % a.groups;
           const int from = max(group * a.width, begin), to = min((group + 1) * a.width, end);
@@ -939,13 +797,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
           for (int k = from + lane; k < to; k += 32) sum += activation(plan, s, token, k - begin);
           for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
           if (lane == 0) s.group_sums[i] += INT8 ? sum * (s.step[token] / 127.0f) : sum;
-          }
-      if (a.positions != 0) add_salient(a, plan, s, plane, begin, end);
+        }
+#endif
+#if SALIENT
+      if (plane > first_plane || chunk > 0) {
+        walk.begin(a, plan);
+        packets = walk.next(a, s);
+      }
+      add_salient(a, plan, s, plane, begin, end, walk, packets);
+#endif
       if (plane < 0) {
         __syncthreads();
         continue;
       }
-#endif
       for (int tile0 = 0; tile0 < plan.tiles; tile0 += TURNS * plan.warp_stride) {
         const int tiles = min(TURNS * plan.warp_stride, plan.tiles - tile0);
         for (int tile = tile0 + plan.warp_tile; tile < tile0 + tiles; tile += plan.warp_stride * AT_ONCE) {
@@ -1005,7 +869,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
           for (int slot = 0; slot < WARPS; slot++)
             if (slot < plan.slots) sum += from[slot * 16 * WIDE];
 #if SIMPLE
-          write(a, plan, tile0 * 16 * WIDE + i, contribution(a, plan, s, plane, tile0 * 16 * WIDE + i, sum, total));
+          const int at = tile0 * 16 * WIDE + i;
+          write(a, plan, at, contribution(a, plan, s, plane, at, sum, total) + (SALIENT ? s.result[at] : 0));
 #else
           if (chunk + 1 < plan.chunks) s.sums[tile0 * 16 * WIDE + i] += sum;
           else {
@@ -1024,181 +889,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !TERMS ? 2 : 1) lin
     const int token = i % WIDE, row = i / WIDE;
     if (token >= a.tokens) continue;
     float y = s.result[i];
-    if (a.shift != 0)
+    if (SHIFT)
       for (int group = 0; group < a.groups; group++)
         y += load(a.shift, ((long long)(plan.first + row / 16) * a.groups + group) * 16 + row % 16, FLOAT_TYPE(a)) *
              s.group_sums[token * a.groups + group];
-    if (a.in_shift != 0) y += s.dot[token];
+    if (IN_SHIFT) y += s.dot[token];
     write(a, plan, i, y);
   }
 #endif
 }
 
-#else
-
-// Eight neighbouring columns of a row of the dense matrix, of which `words` hold four each as bit p of their bytes.
-__device__ __forceinline__ void store_signs(const Arguments &a, long long at, u32 first, u32 second, int p, float scale) {
-  const u32 words[2] = {first, second};
-  if (a.x_type < 0) {
-    *(uint2 *)((u8 *)a.y + at) =
-        make_uint2((first >> p & 0x01010101) * 254 + 0x01010101, (second >> p & 0x01010101) * 254 + 0x01010101);
-  } else if (a.x_type == FLOAT32) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 w = words[i] >> p;
-      *(float4 *)((float *)a.y + at + i * 4) = make_float4(w & 1 ? -scale : scale, w >> 8 & 1 ? -scale : scale,
-                                                           w >> 16 & 1 ? -scale : scale, w >> 24 & 1 ? -scale : scale);
-    }
-  } else {
-    const u32 both = narrow(scale, a.x_type) * 0x10001u;
-    u32 pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const u32 w = words[i / 2] >> (i % 2 * 16) >> p; // bits 0 and 8
-      pairs[i] = both ^ ((w & 1) << 15 | (w & 0x100) << 23);
-    }
-    *(uint4 *)((u16 *)a.y + at) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  }
-}
-
-// As unpack, or with x_type −1 the signs as int8, of one plane without other terms, K a multiple of 8: what is stored lies
-// together.
-extern "C" __global__ void __launch_bounds__(256) unpack_signs(const Arguments a) {
-  const int row_tiles = (a.rows + 15) / 16, column_tiles = (a.columns + 255) / 256;
-  const long long index = (long long)blockIdx.x * 8 + threadIdx.x / 32;
-  if (index >= (long long)row_tiles * column_tiles) return;
-  const int tile = index / column_tiles, column_tile = index % column_tiles;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const uint4 w = a.signs[index * 32 + lane];
-  // An even lane gives its neighbour the h = 1 words of both rows for the neighbour's h = 0 words.
-  const u32 low = __shfl_xor_sync(~0u, t % 2 ? w.x : w.z, 1), high = __shfl_xor_sync(~0u, t % 2 ? w.y : w.w, 1);
-  const int from = column_tile * 256 + t % 2 * 16 + t / 2 * 8;
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int row = g + 8 * r, n = tile * 16 + row;
-    if (n >= a.rows) continue;
-    const u32 theirs = r ? high : low, own = t % 2 ? (r ? w.w : w.z) : (r ? w.y : w.x);
-    float scale = a.x_type < 0 ? 1 : scale_in_memory(a, row_tiles, 0, tile, 0, row);
-#pragma unroll
-    for (int p = 0; p < 8; p++) {
-      const int k = from + 32 * p;
-      if (k >= a.columns) break;
-      if (a.groups > 1) scale = scale_in_memory(a, row_tiles, 0, tile, k / a.width, row);
-      store_signs(a, (long long)n * a.columns + k, t % 2 ? theirs : own, t % 2 ? own : theirs, p, scale);
-    }
-  }
-}
-
-struct TokenArguments {
-  const void *x; // of x_type [T][K]
-  void *codes;   // int8, or float16 or bfloat16 by code_type [T][K]
-  float *step;   // [T]
-  int columns, x_type, code_type;
-};
-
-// q and a/127 of one token a block, as everywhere: a = max(max|x|, 1e-5), q = round_half_even(127·x/a).
-extern "C" __global__ void __launch_bounds__(256) quantize(const TokenArguments a) {
-  __shared__ u32 most_of[8];
-  const long long at = (long long)blockIdx.x * a.columns;
-  u32 most = 0;
-  for (int k = threadIdx.x; k < a.columns; k += 256) most = max(most, __float_as_uint(load(a.x, at + k, a.x_type)) & 0x7fffffff);
-  for (int s = 16; s > 0; s /= 2) most = max(most, __shfl_xor_sync(~0u, most, s));
-  if (threadIdx.x % 32 == 0) most_of[threadIdx.x / 32] = most;
-  __syncthreads();
-  for (int w = 0; w < 8; w++) most = max(most, most_of[w]);
-  const float largest = most >= 0x7f800000 ? __uint_as_float(0x7fffffff) : fmaxf(__uint_as_float(most), 1e-5f);
-  if (threadIdx.x == 0) a.step[blockIdx.x] = largest / 127.0f;
-  for (int k = threadIdx.x; k < a.columns; k += 256) {
-    const float q = rintf(__fdiv_rn(127.0f * load(a.x, at + k, a.x_type), largest));
-    if (a.code_type < 0) ((signed char *)a.codes)[at + k] = (signed char)q;
-    else store(a.codes, at + k, most >= 0x7f800000 ? 0 : q, a.code_type);
-  }
-}
-
-struct SumArguments {
-  const void *sums; // [T][N]: int32, or float32 where the scales are in them
-  const float *step;
-  const void *scale, *bias; // scale null: in the sums
-  void *y;
-  int rows, row_blocks, scale_rows, float_type, bias_type, x_type;
-};
-
-// y = sum · (scale · step), rounded, + bias; `row_blocks` blocks of 1024 results a token.
-extern "C" __global__ void __launch_bounds__(256) finish(const SumArguments a) {
-  const int token = blockIdx.x / a.row_blocks, first = blockIdx.x % a.row_blocks * 1024 + threadIdx.x;
-  const float step = a.step[token];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int n = first + i * 256;
-    if (n >= a.rows) break;
-    const long long at = (long long)token * a.rows + n;
-    float y = a.scale == 0 ? ((const float *)a.sums)[at] * step
-                           : float(((const int *)a.sums)[at]) * (load(a.scale, a.scale_rows ? n : 0, a.float_type) * step);
-    y = rounded(y, a.x_type);
-    if (a.bias != 0) y += load(a.bias, n, a.bias_type);
-    store(a.y, at, y, a.x_type);
-  }
-}
-
-// W as a dense matrix in a.y, of type x_type [N][K]: what bits.dense means, salient values left to put_salient. A warp
-// makes a tile of 16 rows and 256 columns.
-extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
-  Plan plan;
-  plan.row_tiles = (a.rows + 15) / 16;
-  plan.column_tiles = (a.columns + 255) / 256;
-  const long long index = (long long)blockIdx.x * 8 + threadIdx.x / 32;
-  if (index >= (long long)plan.row_tiles * plan.column_tiles) return;
-  const int tile = index / plan.column_tiles, column_tile = index % plan.column_tiles;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  for (int r = 0; r < 2; r++) {
-    const int row = g + 8 * r, n = tile * 16 + row;
-    if (n >= a.rows) continue;
-    for (int p = 0; p < 8; p++)
-      for (int h = 0; h < 2; h++) {
-        const int k = column_tile * 256 + 32 * p + 16 * h + 4 * t;
-        if (k >= a.columns) continue;
-        float values[4] = {0, 0, 0, 0};
-        const int group = a.groups == 1 ? 0 : k / a.width;
-        for (int plane = 0; plane < a.planes; plane++) {
-          const long long at = ((long long)(a.sign_planes == 1 ? 0 : plane) * plan.row_tiles + tile) * plan.column_tiles;
-          const u32 word = ((const u32 *)(a.signs + (at + column_tile) * 32 + lane))[2 * h + r];
-          const float scale = scale_in_memory(a, plan.row_tiles, plane, tile, group, row);
-          for (int b = 0; b < 4; b++) {
-            if (k + b >= a.columns) break;
-            float term = word >> (8 * b + p) & 1 ? -scale : scale;
-            if (a.in_scale != 0)
-              term = __fmul_rn(term, load(a.in_scale, (long long)min(plane, a.in_scale_planes - 1) * a.columns + k + b,
-                                          FLOAT_TYPE(a)));
-            values[b] = __fadd_rn(values[b], term);
-          }
-        }
-        for (int b = 0; b < 4; b++) {
-          if (k + b >= a.columns) break;
-          if (a.shift != 0)
-            values[b] = __fadd_rn(values[b], load(a.shift, ((long long)tile * a.groups + group) * 16 + row, FLOAT_TYPE(a)));
-          if (a.in_shift != 0) values[b] = __fadd_rn(values[b], load(a.in_shift, k + b, FLOAT_TYPE(a)));
-        }
-        const long long to = (long long)n * a.columns + k;
-        if (a.columns % 4 == 0) {
-          if (a.x_type == FLOAT32) *(float4 *)((float *)a.y + to) = make_float4(values[0], values[1], values[2], values[3]);
-          else
-            *(uint2 *)((u16 *)a.y + to) =
-                make_uint2(narrow(values[0], a.x_type) | (u32)narrow(values[1], a.x_type) << 16,
-                           narrow(values[2], a.x_type) | (u32)narrow(values[3], a.x_type) << 16);
-        } else {
-          for (int b = 0; b < 4 && k + b < a.columns; b++) store(a.y, to + b, values[b], a.x_type);
-        }
-      }
-  }
-}
-
-// The salient values at their positions in the dense matrix; a warp makes a row.
-extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a) {
-  const int n = blockIdx.x * 8 + threadIdx.x / 32;
-  if (n >= a.rows) return;
-  const SalientRow value(a, n);
-  salient_row(a, n, 0, (a.columns + 255) / 256 * 256, [&](int column, u32 code) {
-    store(a.y, (long long)n * a.columns + column, value(code), a.x_type);
-  });
-}
-#endif
