@@ -266,7 +266,7 @@ def test_compiled_code_is_kept_and_errors_are_nvrtcs(tmp_path, monkeypatch):
     monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "kept"))
     code = nvrtc.compiled(cuda._SOURCES / "dense.cu", (), "sm_90")
     (kept,) = (tmp_path / "kept").iterdir()
-    assert kept.read_bytes() == code and kept.name.startswith("binary_linear-sm_90-")
+    assert kept.read_bytes() == code and kept.name.startswith("dense-sm_90-")
     monkeypatch.setattr(nvrtc, "_compile", lambda *arguments: pytest.fail("compiled again"))
     assert nvrtc.compiled(cuda._SOURCES / "dense.cu", (), "sm_90") == code
     monkeypatch.undo()
