@@ -151,13 +151,15 @@ def main() -> None:
     )
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     parser.add_argument(
-        "--no-pdl", action="store_true", help="without programmatic dependent launch in inductor's kernels"
+        "--inductor-defaults", action="store_true", help="without the two settings of torch.compile that help both models"
     )
     parser.add_argument("--profile", action="store_true", help="also print what the kernels of a captured step take")
     parser.add_argument("--json")
     args = parser.parse_args()
-    # Kernels that inductor makes may begin before the one ahead of them has ended, as ours do; for both models.
-    torch._inductor.config.triton.enable_pdl = not args.no_pdl
+    # Kernels that inductor makes may begin before the one ahead of them has ended, as ours do, and those that do not wait
+    # for each other are one launch; for both models.
+    torch._inductor.config.triton.enable_pdl = not args.inductor_defaults
+    torch._inductor.config.combo_kernels = not args.inductor_defaults
     model = random_llama(SHAPES[args.shape], "cuda")
     model.set_attn_implementation(args.attention)
     theirs = rates(model, args.ways, args.tokens, args.runs, args.profile)
