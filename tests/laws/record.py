@@ -35,7 +35,7 @@ class Writer:
     def linear(self, kind, w, x, mode, norms=("none", "none"), bias=None):
         prepared = cpu.prepare(w.operands())
         want, slack = expected(w, x, mode, norms, bias)
-        rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits, _ = prepared.shape
+        rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits, *_ = prepared.shape
         p = prepared
         matrix = (
             rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, native.FLOATS[p.scale.dtype],

@@ -151,6 +151,19 @@ def test_another_input_or_mode_is_not_taken_for_the_same(siblings):
     assert torch.allclose(shared.k(x), plain.k(x), atol=1e-4)
 
 
+def test_an_input_that_changed_in_between_is_multiplied_anew(siblings):
+    plain, shared = siblings
+    x = torch.randn(1, 128, device=plain.embedding.weight.device)
+    shared.q(x)
+    x.add_(1)
+    assert torch.allclose(shared.k(x), plain.k(x), atol=1e-4)
+    with torch.inference_mode():
+        x = torch.randn(1, 128, device=x.device)
+        shared.q(x)
+        x.add_(1)
+        assert torch.allclose(shared.k(x), plain.k(x), atol=1e-4)
+
+
 def test_the_same_order_of_calls_is_not_needed(siblings):
     plain, shared = siblings
     x = torch.randn(1, 128, device=plain.embedding.weight.device)

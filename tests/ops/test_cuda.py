@@ -7,6 +7,7 @@ from tests.laws import cases, laws
 from signbit.errors import OptionError, SignbitError
 from signbit.linear import PackedLinear
 from signbit.ops import BACKENDS, cuda, explain, layout, nvrtc, reference
+from signbit.weight import BinaryWeight, Salient
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -112,32 +113,54 @@ def test_the_bias_of_many_tokens(kind):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("kind", ["row", "salient_offsets"])
-def test_columns_that_do_not_fit_at_once(kind, monkeypatch):
-    """As where a block has less shared memory than an H100's."""
+@pytest.mark.parametrize(("n", "k"), [(2048, 28672), (22016, 4096)])
+@pytest.mark.parametrize("kind", ["row", "salient_offsets", "in_scale", "planes"])
+def test_what_does_not_fit_at_once(kind, n, k, monkeypatch):
+    """As where a block has less shared memory than an H100's: columns go in chunks, rows in several waves."""
+    monkeypatch.setattr(cuda, "_limits", lambda index: (72, 99 * 1024))
+    w = on_gpu(cases.make(kind, n, k, torch.float16, 1))
+    for tokens in (1, 4, 16):
+        laws.law_int8(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
+        laws.law_random(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
 
-    class Less:
-        multi_processor_count, shared_memory_per_block_optin = 84, 99 * 1024
-        major, minor = torch.cuda.get_device_capability()
 
-    w = on_gpu(cases.make(kind, 2048, 28672, torch.float16, 1))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_properties", lambda device: Less)
-        for tokens in (1, 4):
-            laws.law_int8(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
+@gpu
+@needs_gpu
+def test_halves_times_input_scales_do_not_overflow():
+    w = on_gpu(
+        BinaryWeight.from_signs(
+            torch.randn(24, 128), torch.full((1, 24, 1), 1e-3), in_scale=torch.full((1, 128), 100.0)
+        )
+    )
+    x = torch.full((3, 128), 1000.0, device="cuda", dtype=torch.float16)
+    got, want = (op(x, w.operands(), "exact") for op in (cuda.binary_linear, reference.binary_linear))
+    assert bool(got.isfinite().all()) and torch.allclose(got, want, rtol=1e-3)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("where", [[], [0], [5, 700]])
+def test_rows_without_salient_values(where):
+    mask = torch.zeros(40, 1000, dtype=torch.bool)
+    mask[3, where] = True
+    salient = Salient.from_mask(mask, torch.full((40, 1000), 200), torch.rand(40), torch.full((40,), 17), 8)
+    w = on_gpu(BinaryWeight.from_signs(torch.randn(40, 1000), torch.rand(1, 40, 1), salient=salient))
+    for tokens in (1, 5, 40):
+        laws.law_random(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
+        laws.law_int8(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
 
 
 # Rows beyond the tiles that lie in shared memory at once, columns beyond what fits there, odd sizes of both.
 @gpu
 @needs_gpu
 @pytest.mark.parametrize(("n", "k"), [(5000, 96), (40000, 256), (17, 30000), (300, 11008), (33, 20000), (129, 999)])
-@pytest.mark.parametrize("kind", ["row", "group", "salient_bitmap"])
+@pytest.mark.parametrize("kind", ["row", "group", "salient_bitmap", "shift", "in_scale", "in_shift", "planes", "all"])
 def test_sizes(kind, n, k):
     if kind == "group" and k % 128:
         pytest.skip("groups of other widths are left to the reference")
-    if kind == "salient_bitmap" and (k % 128 or n * k > 5_000_000):
+    if kind not in ("row", "group") and n * k > 5_000_000:
         pytest.skip("takes long")
-    w = on_gpu(cases.make(kind, n, k))
+    w = on_gpu(cases.make(kind, n, k, groups=None if kind == "group" else 1))
     for tokens in (1, 5, 16):
         laws.law_random(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
         laws.law_int8(kernels(), w, torch.float16, "cuda", tokens=tokens)

@@ -33,7 +33,7 @@ class Fused:
         self._layers = tuple(layers)
         self._rows = [layer.out_features for layer in layers]
         self._columns = layers[0].in_features
-        self._last: tuple[Tensor, str, tuple[Tensor, ...]] | None = None
+        self._last: tuple[Tensor, int, str, tuple[Tensor, ...]] | None = None  # input, its version, mode, results
         self._whole: Prepared | None = None
         self._multiply: ops.Multiplication | None = None
 
@@ -53,6 +53,9 @@ class Fused:
             size, blocks = matrix.signs.numel(), matrix.scale.shape[1]
             layer.lay_in(signs[byte : byte + size], scale[:, block : block + blocks])
             byte, block = byte + size, block + blocks
+        if signs.is_cuda:
+            # As in cuda.prepare: a kernel may read its weights before the work ahead of it has ended.
+            torch.cuda.current_stream(signs.device).synchronize()
         self._whole, self._multiply = whole, ops.multiplication(whole)
 
     def part(self) -> None:
@@ -63,13 +66,17 @@ class Fused:
         """What `layer` makes of `x`, or None if it has to multiply for itself."""
         if self._whole is None or self._multiply is None or x.numel() > MOST_TOKENS * self._columns:
             return None
+        # What is traced has no versions, but was found to be given to all as it is (`find_siblings`).
+        if not as_op and x.is_inference():
+            return None
+        version = 0 if as_op else x._version
         last = self._last
-        if last is None or last[0] is not x or last[1] != activations:
+        if last is None or last[0] is not x or last[1:3] != (version, activations):
             y = ops.prepared_linear(x, self._whole, activations) if as_op else self._multiply(x, activations)
-            last = (x, activations, y.split(self._rows, dim=-1))
+            last = (x, version, activations, y.split(self._rows, dim=-1))
         # The last one leaves nothing behind that would keep memory.
         self._last = None if layer is self._layers[-1] else last
-        part = next(part for other, part in zip(self._layers, last[2], strict=True) if other is layer)
+        part = next(part for other, part in zip(self._layers, last[3], strict=True) if other is layer)
         return part if layer.bias is None else (part + layer.bias).to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:

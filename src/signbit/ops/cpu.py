@@ -115,7 +115,7 @@ class Multiplication:
     def _point(self) -> None:
         """Tells C where the tensors lie."""
         w, bias = self.w, self.bias
-        rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits, _ = w.shape
+        rows, columns, groups, planes, sign_planes, scale_rows, in_scale_planes, salient_bits, *_ = w.shape
         pointers = (
             w.signs, w.scale, w.shift, w.in_scale, w.in_shift, w.salient_codes, w.salient_positions, w.salient_counts,
             w.salient_zero, w.salient_starts, w.salient_scale,

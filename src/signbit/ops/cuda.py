@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import math
 import os
 from collections.abc import Sequence
-from ctypes import c_int, c_void_p
+from ctypes import c_float, c_int, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,7 @@ class _Arguments(ctypes.Structure):
         *((name, c_void_p) for name in ("packets", "starts", "salient_scale", "zeros", "x", "y")),
         *((name, c_int) for name in ("rows", "columns", "groups", "width", "planes", "sign_planes", "in_scale_planes")),
         *((name, c_int) for name in ("scale_rows", "float_type", "tokens", "x_type", "bias_type", "chunk")),
+        ("in_unit", c_float),
     )  # fmt: skip
 
 
@@ -116,6 +118,8 @@ def prepare(w: Operands) -> Prepared:
         mask[index] = True
         signs = signs & ~bits.pack_signs(mask.view(rows, columns))
     laid = Prepared.of(w, layout.lay_tiles(signs, columns), packets)
+    if w.in_scale is not None and 0 < (largest := float(w.in_scale.abs().max())) < math.inf:
+        laid.shape[-1] = math.ceil(math.log2(largest))
     # A kernel may read its weights before the work ahead of it has ended: let none of that be the making of them.
     torch.cuda.current_stream(w.signs.device).synchronize()
     return laid
@@ -150,7 +154,7 @@ class Multiplication:
         self._arguments = _Arguments(
             *(None if t is None else t.data_ptr() for t in pointers), rows, columns, groups, columns // groups, planes,
             sign_planes, in_scale_planes, scale_rows, FLOATS[w.scale.dtype],
-            bias_type=0 if bias is None else FLOATS[bias.dtype],
+            bias_type=0 if bias is None else FLOATS[bias.dtype], in_unit=2.0 ** w.shape[-1],
         )  # fmt: skip
 
     def _where(self) -> tuple[object, ...]:
@@ -214,13 +218,13 @@ class Multiplication:
         mode = (0 if one_bit else 1) if activations == "int8" else 2 if dtype is torch.float16 else 3
         stages = 8 if mode == 0 else 4
         row_tiles, column_tiles = -(-self._rows // layout.BLOCK_ROWS), -(-self._columns // _TILE)
-        properties: Any = torch.cuda.get_device_properties(self._device)
-        grid = min(row_tiles, properties.multi_processor_count)
-        most = properties.shared_memory_per_block_optin
-        # All columns at once if they fit beside the rest, else as large a part as fits.
-        for parts in range(1, column_tiles + 1):
-            chunk = -(-column_tiles // parts) * _TILE
-            simple = parts == 1 and self._planes == 1 and not any(self._terms[name] for name in _NOT_SIMPLE)
+        processors, most = _limits(self._device.index)
+        plain = self._planes == 1 and not any(self._terms[name] for name in _NOT_SIMPLE)
+        # One wave of blocks if their rows' results fit. All columns at once if they fit beside these, else as large a part
+        # as fits.
+        for waves, parts in itertools.product(range(1, -(-row_tiles // processors) + 1), range(1, column_tiles + 1)):
+            grid, chunk = min(row_tiles, processors * waves), -(-column_tiles // parts) * _TILE
+            simple = parts == 1 and plain
             shared_bytes = self._shared_bytes(mode, tokens, stages, chunk, -(-row_tiles // grid), simple)
             if shared_bytes <= most:
                 break
@@ -318,24 +322,22 @@ def binary_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
 
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Tensor:
-    """As `signbit.ops.int8_linear`, on the kernels; many tokens, float32 and float64 are left to the reference."""
+    """As `signbit.ops.int8_linear`, on the kernels; many tokens and float64 are left to the reference."""
     columns = codes.shape[1]
     tokens = x.numel() // columns if columns else 0
-    few = (
-        0 < tokens <= MOST_TOKENS
-        and columns % 16 == 0
-        and columns * (tokens if activations == "int8" else 4) <= 160_000
-    )
+    few = 0 < tokens <= MOST_TOKENS and columns % 16 == 0 and x.is_cuda
+    at_once = tokens if activations == "int8" else 1
+    shared_bytes = 256 + (columns * at_once if activations == "int8" else -(-columns // 512) * 2048)
+    few = few and shared_bytes <= _limits(x.device.index)[1]
     if not few or x.dtype not in FLOATS or scale.dtype not in FLOATS or activations not in ("exact", "int8"):
         return reference.int8_linear(x, codes, scale, activations)
     x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
     rows = codes.shape[0]
     y = x.new_empty((*x.shape[:-1], rows))
     with torch.cuda.device(x.device):
-        at_once = tokens if activations == "int8" else 1
         macros = (f"HEAD={int(activations == 'int8')}", f"ONE={int(at_once == 1)}")
         kernel = _kernel(x.device.index, "head", "head", macros, True)
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        processors, _ = _limits(x.device.index)
         stream = torch.cuda.current_stream().cuda_stream
         for first in range(0, tokens, at_once):
             arguments = _HeadArguments(
@@ -343,11 +345,15 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Te
                 y.data_ptr() + first * rows * y.element_size(), rows, columns, FLOATS[scale.dtype], at_once,
                 FLOATS[x.dtype],
             )  # fmt: skip
-            shared_bytes = columns * at_once if activations == "int8" else -(-columns // 512) * 2048
-            kernel.launch(
-                min(processors * (4 if at_once == 1 else 2), -(-rows // 8)), 256, shared_bytes + 256, stream, arguments
-            )
+            blocks = min(processors * (4 if at_once == 1 else 2), -(-rows // 8))
+            kernel.launch(blocks, 256, shared_bytes, stream, arguments)
     return y
+
+
+@functools.cache
+def _limits(index: int) -> tuple[int, int]:
+    """Multiprocessors of the device, and the bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(index).multi_processor_count, nvrtc.shared_bytes(index)
 
 
 def check(index: int) -> str | None:

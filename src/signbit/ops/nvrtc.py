@@ -22,6 +22,7 @@ from signbit.errors import SignbitError
 CACHE_VARIABLE = "SIGNBIT_CACHE"
 _DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+_SHARED_BYTES_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -58,6 +59,15 @@ def _nvrtc() -> ctypes.CDLL | str:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def shared_bytes(index: int) -> int:
+    """The most shared memory that a block may have on this device; torch tells it only since 2.7."""
+    device, value = c_int(), c_int()
+    _check(_driver().cuInit(0))
+    _check(_driver().cuDeviceGet(byref(device), index))
+    _check(_driver().cuDeviceGetAttribute(byref(value), _SHARED_BYTES_OPTIN, device))
+    return value.value
 
 
 def unavailable() -> str | None:

@@ -32,7 +32,9 @@ class Prepared(NamedTuple):
     salient_scale: Tensor | None
     salient_zero: Tensor | None
     salient_starts: Tensor | None
-    shape: list[int]  # rows, columns, groups, planes, sign planes, scale rows, in_scale planes, salient bits, offsets?
+    # rows, columns, groups, planes, sign planes, scale rows, in_scale planes, salient bits, whether their positions are
+    # offsets, and the power of two that no input scale exceeds (on a GPU)
+    shape: list[int]
 
     @classmethod
     def of(cls, w: Operands, signs: Tensor, packets: tuple[Tensor, Tensor] | None = None) -> Prepared:
@@ -49,12 +51,12 @@ class Prepared(NamedTuple):
             _contiguous(w.salient_scale), _contiguous(w.salient_zero),
             packets[1] if packets else None if w.salient_positions is None else _starts(w),
             [rows, w.in_features, groups, planes, sign_planes, int(per_row),
-             0 if w.in_scale is None else len(w.in_scale), w.salient_bits, int(w.salient_counts is not None)],
+             0 if w.in_scale is None else len(w.in_scale), w.salient_bits, int(w.salient_counts is not None), 0],
         )  # fmt: skip
 
     def stored(self) -> Operands:
         """The operands that `prepare` took, equal but for sign bits under salient positions, which are 0."""
-        rows, columns, _, planes, sign_planes, scale_rows, _, salient_bits, _ = self.shape
+        rows, columns, _, planes, sign_planes, scale_rows, _, salient_bits, *_ = self.shape
         scale = layout.stored_rows(self.scale, rows) if scale_rows else self.scale
         stored_signs = layout.stored_tiles if self.signs.is_cuda else layout.stored_signs
         return Operands(
@@ -67,7 +69,7 @@ class Prepared(NamedTuple):
         """Codes, positions, counts."""
         if self.salient_codes is None or self.salient_starts is None or self.salient_positions is not None:
             return self.salient_codes, self.salient_positions, self.salient_counts
-        rows, columns, *_, salient_bits, offsets = self.shape
+        rows, columns, *_, salient_bits, offsets, _ = self.shape
         index, codes = layout.stored_packets(self.salient_codes, self.salient_starts, columns)
         mask = torch.zeros(rows * columns, dtype=torch.bool, device=index.device)
         mask[index] = True

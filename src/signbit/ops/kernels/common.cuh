@@ -6,7 +6,7 @@
 // Dims: N rows, K columns, G groups of `width` columns, P planes, T tokens. A row tile is 16 rows, a column tile 256
 // columns. Signs lie as the matrix units take them (layout.lay_tiles): [P][row tile][column tile][lane][4 words], a set
 // bit for −1. Lane 4g + t of a warp holds of rows g and g + 8 the columns 32p + 16h + 4t + b as bit 8b + p of a word,
-// h = 0, 1: word 2h + (row ≥ 8). So byte p of … of all lanes make 32 neighbouring columns, which is why groups of 32
+// h = 0, 1: word 2h + (row ≥ 8). So the bits p of the bytes of all lanes make 32 neighbouring columns, which is why groups of 32
 // columns or more need no other order. Scales and shifts lie as [P][row tile][G][16].
 #pragma once
 
@@ -33,6 +33,7 @@ struct Arguments {
   int rows, columns, groups, width, planes, sign_planes, in_scale_planes, scale_rows, float_type;
   int tokens, x_type, bias_type;
   int chunk; // columns that lie prepared in shared memory at a time, a multiple of 256
+  float in_unit; // a power of two, at least the largest input scale
 };
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

@@ -28,6 +28,12 @@
 #define SIMPLE 0
 #define STAGES 4
 #endif
+// float16 ends at 65504: x times input scales is held in units of the largest, which are put back with the other scales.
+#if IN_SCALE && MODE == 2
+#define IN_UNIT(a) (a).in_unit
+#else
+#define IN_UNIT(a) 1.0f
+#endif
 #define WARPS 16
 #define THREADS (32 * WARPS)
 #define TOKENS (8 * COLUMNS)
@@ -138,7 +144,7 @@ __device__ __forceinline__ void scale8(const Arguments &a, int plane, int k, flo
   if (plane < 0) return;
   const long long row = (long long)min(plane, a.in_scale_planes - 1) * a.columns;
   for (int i = 0; i < 8; i++)
-    if (k + i < a.columns) f[i] *= load(a.in_scale, row + k + i, FLOAT_TYPE(a));
+    if (k + i < a.columns) f[i] *= load(a.in_scale, row + k + i, FLOAT_TYPE(a)) / IN_UNIT(a);
 #endif
 }
 
@@ -348,7 +354,7 @@ __device__ __forceinline__ float activation(const Plan &plan, const Shared &s, i
 __device__ __forceinline__ float scale_of(const Arguments &a, const Plan &plan, const Shared &s, int plane, int tile, int group,
                                           int row) {
   if (SHARED_SCALES) return s.scales[((plane * plan.tiles + tile) * (GROUPED ? a.groups : 1) + group) * 16 + row];
-  return scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, group, row);
+  return scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, group, row) * IN_UNIT(a);
 }
 
 #if SALIENT
@@ -734,7 +740,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ONE && !SHIFT && !IN_SCALE
     for (int i = threadIdx.x; i < a.planes * plan.tiles * groups * 16; i += THREADS) {
       const int plane = SIMPLE ? 0 : i / (plan.tiles * groups * 16), line = i / 16 - plane * plan.tiles * groups;
       const int tile = line / groups;
-      s.scales[i] = scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, line - tile * groups, i % 16);
+      s.scales[i] = scale_in_memory(a, plan.row_tiles, plane, plan.first + tile, line - tile * groups, i % 16) * IN_UNIT(a);
     }
 #if !SIMPLE || SALIENT
   for (int i = threadIdx.x; i < plan.tiles * 16 * WIDE; i += THREADS) s.result[i] = 0;
