@@ -81,6 +81,53 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
+class DistillOptions:
+    """Train a 1-bit student of a model (the teacher): sign matrices by what the teacher answers."""
+
+    teacher: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="TEACHER")] = None
+    """Hugging Face model directory or hub id; the student starts from it."""
+    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
+    """Directory of the run: checkpoints, metrics.jsonl, pictures."""
+    method: str = "onebit"
+    """Method; its own options are listed below (see --method NAME --help for another's)."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to learn from: a .txt, .jsonl, .parquet or .tokens file (.gz and .xz too), a directory of them, c4, wikitext2, ptb,
+    or hub:NAME:CONFIG:SPLIT:COLUMN; =WEIGHT behind each for a mixture; may be repeated."""
+    recipe: str | None = None
+    """Named recipe (see signbit distill --list), or a .toml file of one; flags beside it go before it."""
+    list: bool = False
+    """List the recipes and exit."""
+    resume: bool = False
+    """Go on at the newest complete checkpoint in RUN."""
+    keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of layer names to keep as they are; may be repeated."""
+    rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Options of single layers, 'pattern: key=value, …'; may be repeated, the last match wins."""
+    allow_partial: bool = False
+    """Accept a student in which under 90 % of the blocks' parameters are binary."""
+    data_dir: str | None = None
+    """Directory of local copies of named sets in place of the hub."""
+    cache: str | None = None
+    """Directory in which tokenized text is kept and found again; default: RUN/data."""
+    device: str | None = None
+    """Device of student and teacher; default: a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Write a run's newest checkpoint as a packed 1-bit directory."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of a run of signbit distill."""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="OUT")]
+    """Directory to write."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What everything but signs is stored in; float32 loses nothing."""
+    overwrite: bool = False
+    """Replace OUT if it is a model directory."""
+
+
+@dataclass(frozen=True)
 class InfoOptions:
     """Show the true size of a packed directory: bits per weight, bits per parameter, bytes, salient share."""
 
@@ -144,12 +191,20 @@ class DoctorOptions:
     """Also write everything to this JSON file."""
 
 
-def _parse(verb: str, argv: Sequence[str], base: type, **parts: type) -> Any:
-    """The options of `base` plus those of the dataclasses `parts`, flat on the command line."""
+def _parse(verb: str, argv: Sequence[str], base: type, defaults: Any = None, **parts: type) -> Any:
+    """The options of `base` plus those of the dataclasses `parts`, flat on the command line.
+
+    `defaults` are values that stand where no flag does, those of a part under its name.
+    """
     cls = make_dataclass(base.__name__, list(parts.items()), bases=(base,), frozen=True, kw_only=True)
     cls.__doc__ = base.__doc__
+    given: dict[str, Any] = {}
+    if defaults is not None:
+        made = {name: part(**defaults.get(name, {})) for name, part in parts.items()}
+        given["default"] = cls(**{name: value for name, value in defaults.items() if name not in parts}, **made)
     return tyro.cli(
         cls,
+        **given,
         args=list(argv),
         prog=f"signbit {verb}",
         description=base.__doc__,
@@ -259,7 +314,8 @@ def quantize(argv: Sequence[str]) -> None:
     name = _option_value(argv, "--method", "absmean")
     method = find_method(METHODS, name).options
     field = name.replace("-", "_")
-    args = _parse("quantize", argv, QuantizeOptions, **{field: method}, calibration=CalibrationOptions)
+    parts: dict[str, type] = {field: method, "calibration": CalibrationOptions}
+    args = _parse("quantize", argv, QuantizeOptions, **parts)
 
     from signbit import ptq
     from signbit.hub.config import SignbitConfig
@@ -314,6 +370,73 @@ def quantize(argv: Sequence[str]) -> None:
         from signbit.evaluate.plot import plot_layers
 
         plot_layers(report, args.plot, f"{Path(args.model).name}, {args.method}")
+    print(f"wrote {path}; see `signbit info {args.out}`")
+
+
+def distill(argv: Sequence[str]) -> None:
+    """`signbit distill`."""
+    from signbit.methods import METHODS
+    from signbit.methods.base import find_method
+    from signbit.train import Objective, Schedule, Trained, TrainOptions
+    from signbit.train.recipe import read_recipe, recipe_names
+
+    if "--list" in argv:
+        for name, about in recipe_names().items():
+            print(f"{name:28} {about}")
+        return
+    wanted = _option_value(argv, "--recipe", "")
+    recipe = read_recipe(wanted) if wanted else {}
+    name = _option_value(argv, "--method", recipe.get("method", "onebit"))
+    method = find_method(METHODS, name).options
+    field = name.replace("-", "_")
+    parts: dict[str, type] = {
+        field: method,
+        "objective": Objective,
+        "train": TrainOptions,
+        "schedule": Schedule,
+        "trained": Trained,
+    }
+    defaults = {key: value for key, value in recipe.items() if key in parts or key in ("teacher", "data", "keep")}
+    args = _parse("distill", argv, DistillOptions, {**defaults, "method": name}, **parts)
+    if args.teacher is None or args.out is None:
+        raise OptionError("what and where to? signbit distill TEACHER -o RUN --data FILE --max-steps N")
+    if not args.data:
+        raise OptionError("what is learnt from? give --data FILE (.txt, .jsonl, .parquet, .tokens), or a named set")
+
+    from signbit.hub.config import SignbitConfig
+    from signbit.hub.distill import Recipe
+    from signbit.hub.distill import distill as run
+    from signbit.methods.rules import parse_rule
+
+    _quiet()
+    rules: dict[str, dict[str, Any]] = {}
+    for text in args.rule:
+        pattern, values = parse_rule(text, method)
+        rules[pattern] = {**rules.pop(pattern, {}), **values}
+    options = asdict(getattr(args, field))
+    config = SignbitConfig(args.method, "keep", args.keep, args.allow_partial, rules, **options)
+    bars = _Bars()
+    try:
+        last = run(
+            Recipe(args.teacher, config, args.data, args.objective, args.train, args.schedule, args.trained),
+            args.out, args.resume, args.data_dir, args.cache, args.device,
+            lambda name, done, total: bars(f"tokenizing {Path(name).name}", done, total, ""),
+        )  # fmt: skip
+    finally:
+        bars.close()
+    print(f"{last} is the last checkpoint; metrics.jsonl, loss.png and flips.png lie beside it")
+    print(f"pack it: signbit pack {args.out} -o OUT")
+
+
+def pack(argv: Sequence[str]) -> None:
+    """`signbit pack`."""
+    args = _parse("pack", argv, PackOptions)
+    from signbit.hub.distill import pack as write
+
+    _quiet()
+    path, zeros = write(args.run, args.out, args.overwrite, args.dtype)
+    if zeros:
+        print(f"note: {zeros} latents are exactly 0; their sign is +1, as it was in training", file=sys.stderr)
     print(f"wrote {path}; see `signbit info {args.out}`")
 
 
@@ -521,6 +644,8 @@ def _load_to_run(args: Any) -> tuple[Any, Any]:
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
+    "distill": (distill, DistillOptions),
+    "pack": (pack, PackOptions),
     "info": (info, InfoOptions),
     "eval": (evaluate, EvalOptions),
     "generate": (generate, PromptOptions),
@@ -564,7 +689,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"signbit: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        resume = "; the same command goes on at the last finished block" if argv[0] == "quantize" else ""
+        resumes = {
+            "quantize": "; the same command goes on at the last finished block",
+            "distill": "; with --resume it goes on at the last checkpoint",
+        }
+        resume = resumes.get(argv[0], "")
         print(f"signbit: interrupted{resume}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:

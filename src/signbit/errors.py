@@ -29,3 +29,7 @@ class FormatError(SignbitError):
 
 class DataError(SignbitError):
     """A text or data set that is missing, empty or too short for what was asked."""
+
+
+class TrainingError(SignbitError):
+    """A run that cannot go on (a loss that is no number, a full disk), or a directory that holds none to go on with."""

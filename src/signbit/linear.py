@@ -510,6 +510,11 @@ class BinaryLinear(nn.Module, ABC):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
+    @classmethod
+    @abstractmethod
+    def start(cls, weight: Tensor, bias: Tensor | None, options: Any) -> BinaryLinear:
+        """The layer that training starts with in the place of a dense one: `weight` float [N, K], a method's `options`."""
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """y = x · W̃ᵀ + bias with the binarized W̃, differentiable in the latent weight (straight-through)."""
@@ -517,6 +522,10 @@ class BinaryLinear(nn.Module, ABC):
     @abstractmethod
     def binary(self) -> BinaryWeight:
         """The binarized weight as a value, detached."""
+
+    def train_parts_(self) -> None:
+        """Says which of its parameters are trained: all, unless a method freezes some."""
+        self.requires_grad_(True)
 
     def pack(self) -> PackedLinear:
         """The layer for inference; a method with norms or quantized activations overrides this."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TextIO, cast
 
 from signbit.errors import DataError
 
@@ -145,23 +148,53 @@ class Text:
     source: str
 
 
-def _rows(path: Path, rows: str = "whole") -> Iterator[str]:
+#: How the names of files end that hold a JSON object with a text in each line.
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".json.xz")
+
+
+def open_text(path: Path) -> TextIO:
+    """A file of UTF-8 text, unpacked while it is read if its name ends in .gz or .xz."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    return cast(TextIO, opener(path, "rt", encoding="utf-8"))
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Raises DataError, with the name of `source`, for whatever goes wrong while it is read inside."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source} is not UTF-8 text ({error.reason}, byte {error.object[error.start]:#04x}); "
+            "convert it (iconv -t UTF-8)"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(
+            f"{source} is damaged, or not packed as its name says ({error}); get or pack it anew"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error})") from error
+
+
+def file_rows(path: Path, rows: str = "whole") -> Iterator[str]:
+    """The documents of a file, one after another; only plain text is read as a whole."""
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
-    if path.suffix == ".jsonl" or path.name.endswith((".json.gz", ".jsonl.gz")):
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as stream:
+    if path.name.endswith(JSON_LINES):
+        with open_text(path) as stream:
             for number, line in enumerate(stream, start=1):
                 try:
                     text = json.loads(line)["text"]
                     if not isinstance(text, str):
                         raise TypeError(f"text is {text!r}")
+                    text.encode()  # half of a surrogate pair, which JSON can spell, is no text
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"{path}, line {number}: not a JSON object with a text ({error})") from error
                 yield text
         return
-    text = path.read_text(encoding="utf-8")
+    with open_text(path) as stream:
+        text = stream.read()
     if rows == "lines":
         # The hub's rows are the file's lines, line end included, with blank ones empty.
         # Lines end at \n alone: str.splitlines would also cut at the Unicode line separators that the text contains.
@@ -182,34 +215,36 @@ def _parquet_rows(path: Path) -> Iterator[str]:
         with ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 raise DataError(f"{path} has no column text; it has {', '.join(file.schema_arrow.names)}")
-            for batch in file.iter_batches(columns=["text"]):
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 yield from (str(row or "") for row in batch.column(0).to_pylist())
     except ArrowException as error:
         raise DataError(f"{path} is no parquet file that can be read ({str(error).splitlines()[0]})") from error
 
 
-def _local_rows(directory: Path, wanted: TextSet) -> tuple[Iterator[str], str]:
+def local_file(directory: Path, wanted: TextSet) -> Path:
+    """Where a named text lies in `directory`; raises DataError if it does not."""
     if not directory.is_dir():
         raise DataError(f"--data-dir {directory} is no directory")
     for name in wanted.local:
         if (directory / name).is_file():
-            return _rows(directory / name, wanted.rows), str(directory / name)
+            return directory / name
     raise DataError(
         f"{directory} has no file for {wanted.name}; it is looked for as {', '.join(wanted.local)}. "
         "Without --data-dir it comes from the hub"
     )
 
 
-def _hub_rows(wanted: TextSet) -> tuple[Iterator[str], str]:
+def hub_data(wanted: TextSet) -> tuple[Any, str]:
+    """The `datasets.Dataset` of a text, and what to call it; raises DataError if it is not to be had."""
     assert wanted.hub is not None
+    instead = "give a directory of local files with --data-dir" if wanted.local else "give local files"
     try:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
-            f"{wanted.name} from the hub needs the package datasets (pip install 'signbit[eval]'); "
-            "or give a directory of local files with --data-dir"
+            f"{wanted.name} from the hub needs the package datasets (pip install 'signbit[eval]'); or {instead}"
         ) from None
-    name, configuration, split, column = wanted.hub
+    name, configuration, split, _ = wanted.hub
     try:
         if configuration is not None and "." in configuration:
             data = load_dataset(name, data_files={split: configuration}, split=split)
@@ -217,10 +252,8 @@ def _hub_rows(wanted: TextSet) -> tuple[Iterator[str], str]:
             data = load_dataset(name, configuration, split=split, revision=wanted.hub_revision)
     except Exception as error:  # datasets raises many kinds, all of which mean that the set is not to be had
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{name} could not be loaded from the hub ({first}); give a directory of local files with --data-dir"
-        ) from error
-    return (row[column] for row in data), f"{name} ({configuration}, {split})"
+        raise DataError(f"{name} could not be loaded from the hub ({first}); {instead}") from error
+    return data, f"{name} ({configuration}, {split})"
 
 
 def read_set(wanted: TextSet, data_dir: str | Path | None = None) -> Text:
@@ -230,16 +263,16 @@ def read_set(wanted: TextSet, data_dir: str | Path | None = None) -> Text:
     Raises DataError if the text is not to be had.
     """
     if data_dir is not None and wanted.hub is not None:
-        rows, source = _local_rows(Path(data_dir), wanted)
+        path = local_file(Path(data_dir), wanted)
+        rows, source = file_rows(path, wanted.rows), str(path)
     elif wanted.hub is None:
         text = files("signbit.data").joinpath("texts", wanted.local[0]).read_text(encoding="utf-8")
         rows, source = iter([text]), "shipped with signbit"
     else:
-        rows, source = _hub_rows(wanted)
-    try:
+        data, source = hub_data(wanted)
+        rows = (row[wanted.hub[3]] for row in data)
+    with reading(source):
         documents = tuple(islice(rows, wanted.documents))
-    except (OSError, EOFError) as error:
-        raise DataError(f"{source} cannot be read ({error})") from error
     if not any(document.strip() for document in documents):
         raise DataError(f"{source} holds no text")
     return Text(documents, source)
@@ -248,18 +281,16 @@ def read_set(wanted: TextSet, data_dir: str | Path | None = None) -> Text:
 def read_text_file(path: str | Path) -> Text:
     """A text file (one document), or a .jsonl or .parquet file of rows with a "text" (one document each).
 
+    Text and .jsonl may be packed (.gz, .xz).
+
     Raises DataError if it is missing, empty or not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
         near = ", ".join(PROTOCOLS)
         raise DataError(f"{path} is no file, and no named set either; the named ones are {near}")
-    try:
-        documents = tuple(_rows(path))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
+    with reading(path):
+        documents = tuple(file_rows(path))
     if not any(document.strip() for document in documents):
         raise DataError(f"{path} holds no text")
     return Text(documents, str(path))

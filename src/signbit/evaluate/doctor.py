@@ -52,8 +52,8 @@ class Multiplied:
     """The packed layers of a model: how many the kernels multiply, and the names of the others by reason.
 
     `dense` has the number of those whose many tokens (256 and more, on a CPU) are multiplied by a matrix unpacked for the
-    call, by mode: there that is faster. `siblings` are groups of layers that are given the same input and on a GPU share a launch
-    if they are alike; `no_siblings` says why none could be found.
+    call, by mode: there that is faster. `siblings` are groups of layers that are given the same input and on a GPU share
+    a launch if they are alike; `no_siblings` says why none could be found.
     """
 
     layers: int

@@ -5,13 +5,25 @@ from __future__ import annotations
 from signbit.methods.absmean import AbsmeanLinear, AbsmeanOptions
 from signbit.methods.base import Method
 from signbit.methods.gptq import Moments
+from signbit.methods.onebit import OnebitLinear, OnebitOptions
 from signbit.methods.pbllm import PbGptqOptions, PbllmOptions
 
 #: Every method; a new one is one file beside these and one line here.
 METHODS: dict[str, Method] = {
     "absmean": Method(AbsmeanOptions, layer=AbsmeanLinear),
+    "onebit": Method(OnebitOptions, layer=OnebitLinear),
     "pbllm": Method(PbllmOptions),
     "pb-gptq": Method(PbGptqOptions),
 }
 
-__all__ = ["METHODS", "AbsmeanLinear", "AbsmeanOptions", "Method", "Moments", "PbGptqOptions", "PbllmOptions"]
+__all__ = [
+    "METHODS",
+    "AbsmeanLinear",
+    "AbsmeanOptions",
+    "Method",
+    "Moments",
+    "OnebitLinear",
+    "OnebitOptions",
+    "PbGptqOptions",
+    "PbllmOptions",
+]

@@ -55,6 +55,11 @@ class AbsmeanLinear(BinaryLinear):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.group = group
 
+    @classmethod
+    def start(cls, weight: Tensor, bias: Tensor | None, options: MethodOptions) -> AbsmeanLinear:
+        assert isinstance(options, AbsmeanOptions)
+        return cls(weight.float(), bias, options.group)
+
     def _scale(self) -> Tensor:
         groups = group_count(self.group, self.weight.shape[1])
         return self.weight.reshape(self.weight.shape[0], groups, -1).abs().mean(dim=-1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from signbit.errors import OptionError, WeightError
-from signbit.linear import BinaryLinear
+from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -62,6 +62,10 @@ class MethodOptions(ABC):
 
         `moments` are those that `needs` asks for; raises OptionError where they are needed and missing.
         """
+
+    def packed(self, weight: BinaryWeight, bias: Tensor | None) -> PackedLinear:
+        """The layer of a binarized weight; a method whose layers have norms overrides this."""
+        return PackedLinear(weight, bias)
 
     def check(self, in_features: int) -> None:  # noqa: B027 (most options fit every width)
         """Raises OptionError if these options cannot serve a matrix of `in_features` columns."""

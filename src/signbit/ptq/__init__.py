@@ -2,6 +2,7 @@
 
 from signbit.ptq.head import plan_head, quantize_head_, tie_int8, with_head
 from signbit.ptq.quantize import (
+    LINEAR,
     MINIMUM_SHARE,
     Blocks,
     Memory,
@@ -17,6 +18,7 @@ from signbit.ptq.quantize import (
 from signbit.ptq.streams import Where
 
 __all__ = [
+    "LINEAR",
     "MINIMUM_SHARE",
     "Blocks",
     "Memory",

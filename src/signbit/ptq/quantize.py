@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from signbit.errors import OptionError, SignbitError, WeightError
-from signbit.linear import PackedLinear
 from signbit.methods import Moments
 from signbit.methods.base import MethodOptions, Needs
 from signbit.methods.gptq import output_error
@@ -317,7 +316,8 @@ class Walk:
     def _replace(self, target: Target, layer: nn.Module, result: _Result) -> None:
         bias = linear_parts(layer)[1]
         if isinstance(result.value, BinaryWeight):
-            set_module(self.blocks.model, target.name, PackedLinear(result.value, bias))
+            packed = self.plan.options_of(target.name).packed(result.value, bias)
+            set_module(self.blocks.model, target.name, packed)
         else:
             weight = linear_parts(layer)[0]
             set_weight(layer, result.value.to(weight.dtype))

@@ -1,0 +1,268 @@
+"""Training text: which sources, in which shares, read piece by piece without ever being in memory as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from signbit.data.sources import JSON_LINES, SETS, TextSet, file_rows, hub_data, local_file, open_text, reading
+from signbit.errors import DataError
+
+#: How the name of a file of tokens ends (tokenfile.py).
+TOKENS = ".tokens"
+_HUB = "hub:"
+_PLAIN = (".txt", ".txt.gz", ".txt.xz")
+_SUFFIXES = (*_PLAIN, *JSON_LINES, ".parquet")
+#: Characters that are tokenized at once; the time that some tokenizers take grows faster than the text.
+PIECE_CHARACTERS = 100_000
+_ALLOWED = (
+    f"a source is a file ({', '.join(_SUFFIXES)}, {TOKENS}), a directory of such texts, "
+    f"a set ({', '.join(SETS)}), or hub:DATASET:CONFIGURATION:SPLIT:COLUMN"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text to train on, and its share of the blocks relative to the other sources' weights."""
+
+    name: str
+    """A file, a directory, a named set, or hub:DATASET:CONFIGURATION:SPLIT:COLUMN."""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(f"{self.name} has the weight {self.weight}; a weight is a positive number")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The sources of a training run."""
+
+    sources: tuple[Source, ...]
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise DataError(f"no training text is given; {_ALLOWED}")
+        for name in names:
+            if names.count(name) > 1:
+                raise DataError(f"{name} is given twice; give it once, with a larger weight")
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> TrainingData:
+        """Sources as the command line has them, NAME or NAME=WEIGHT: weights of 1 if none is given.
+
+        Raises DataError as `parse_source` does, for a source that is given twice, and if only some have a weight.
+        """
+        sources = tuple(map(parse_source, words))
+        bare = [word for word in words if _split(word)[1] is None]
+        if bare and len(bare) < len(words):
+            raise DataError(
+                f"{bare[0]} has no weight, but other sources have one; give all or none (a.txt=0.7 b.txt=0.3)"
+            )
+        return cls(sources)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One a source."""
+        return tuple(source.weight for source in self.sources)
+
+
+def _split(word: str) -> tuple[str, str | None]:
+    """Name and weight of NAME=WEIGHT; a file whose own name has an equals sign is a name."""
+    name, equals, weight = word.rpartition("=")
+    return (name, weight) if equals and not Path(word).exists() else (word, None)
+
+
+def parse_source(text: str) -> Source:
+    """The source that NAME or NAME=WEIGHT means (`corpus.txt.xz`, `a.jsonl=0.7`, `c4`, `hub:allenai/c4:en:train:text`).
+
+    Raises DataError, with what is allowed, for a name that is none of these, a path that does not exist, and a weight
+    that is no positive number. The hub is not asked.
+    """
+    name, weight = _split(text)
+    try:
+        number = 1.0 if weight is None else float(weight)
+    except ValueError:
+        raise DataError(f"{text}: {weight} is no weight, and there is no file of this name; {_ALLOWED}") from None
+    source = Source(name, number)
+    if name.startswith(_HUB):
+        _hub_set(name)
+    elif name.endswith(TOKENS):
+        if not Path(name).is_file():
+            raise DataError(f"{name}: no such file; {_ALLOWED}")
+    elif name not in SETS:
+        _files(name)
+    return source
+
+
+def _files(name: str) -> list[Path]:
+    """The files of text that a path means, sorted by name."""
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(_SUFFIXES))
+        if not files:
+            raise DataError(
+                f"{name} holds no text to train on (directories in it are not looked into); "
+                f"files that are read end in {', '.join(_SUFFIXES)}"
+            )
+        return files
+    if not path.is_file():
+        raise DataError(f"{name}: no such file; {_ALLOWED}")
+    if not path.name.endswith(_SUFFIXES):
+        raise DataError(f"{name} is no file of a kind that is read; {_ALLOWED}")
+    return [path]
+
+
+def _hub_set(name: str) -> TextSet:
+    parts = name.removeprefix(_HUB).split(":")
+    if len(parts) != 4 or not all(part for index, part in enumerate(parts) if index != 1):
+        raise DataError(
+            f"{name}: a source of the hub is hub:DATASET:CONFIGURATION:SPLIT:COLUMN (hub:allenai/c4:en:train:text; the "
+            "configuration may be empty, or a data file of the set)"
+        )
+    dataset, configuration, split, column = parts
+    return TextSet(name, "", 0, None, (), (dataset, configuration or None, split, column))
+
+
+class Piece(NamedTuple):
+    """Text of one document, at most about `PIECE_CHARACTERS` of it."""
+
+    text: str
+    last: bool
+    """Whether the document ends here."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of one source, not yet read."""
+
+    source: str
+    """Where it is from."""
+    identity: Any
+    """What changes when the text does (JSON values): digests of files, or the fingerprint of a hub data set."""
+    pieces: Callable[[], Iterator[Piece]]
+    """Reads it; raises DataError if a file is damaged or not UTF-8."""
+
+
+def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
+    """The text of `source`, of which no document is read yet (the bytes of local files are, for their digests).
+
+    Documents are: of .txt files, what two or more empty lines divide; of .jsonl and .parquet files and of hub data
+    sets, the rows; of the sets with a joiner (wikitext2, ptb), all of it. `data_dir` is where named sets lie; without
+    it they come from the hub. Raises DataError if the text is not to be had.
+    """
+    name = source.name
+    if name in SETS:
+        return _named(SETS[name], data_dir)
+    if name.startswith(_HUB):
+        wanted = _hub_set(name)
+        return _from_hub(wanted, _row_pieces)
+    files = _files(name)
+    identity = [["lines" if file.name.endswith(_PLAIN) else "rows", file_digest(file)] for file in files]
+
+    def pieces() -> Iterator[Piece]:
+        for file in files:
+            with reading(file):
+                yield from _file_pieces(file)
+
+    return Corpus(name, identity, pieces)
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex; raises DataError if it cannot be read."""
+    digest = hashlib.sha256()
+    with reading(path), path.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _named(wanted: TextSet, data_dir: str | Path | None) -> Corpus:
+    def divided(rows: Iterator[str]) -> Iterator[Piece]:
+        rows = islice(rows, wanted.documents)
+        return _row_pieces(rows if wanted.joiner is None else (wanted.joiner.join(rows),))
+
+    if data_dir is None:
+        return _from_hub(wanted, divided)
+    path = local_file(Path(data_dir), wanted)
+
+    def pieces() -> Iterator[Piece]:
+        with reading(path):
+            yield from divided(file_rows(path, wanted.rows))
+
+    return Corpus(str(path), [wanted.name, file_digest(path)], pieces)
+
+
+def _from_hub(wanted: TextSet, divided: Callable[[Iterator[str]], Iterator[Piece]]) -> Corpus:
+    data, source = hub_data(wanted)
+    assert wanted.hub is not None
+    column = wanted.hub[3]
+    if column not in data.column_names:
+        raise DataError(f"{source} has no column {column}; it has {', '.join(data.column_names)}")
+
+    def pieces() -> Iterator[Piece]:
+        with reading(source):
+            yield from divided(str(row[column] or "") for row in data)
+
+    # The fingerprint covers the data set's name, configuration, revision and split.
+    return Corpus(source, [wanted.name, data._fingerprint, column], pieces)
+
+
+def _file_pieces(path: Path) -> Iterator[Piece]:
+    if not path.name.endswith(_PLAIN):
+        yield from _row_pieces(file_rows(path))
+        return
+    with open_text(path) as lines:
+        for piece in _line_pieces(lines):
+            for part in _cut(piece.text):
+                yield Piece(part.text, part.last and piece.last)
+
+
+def _line_pieces(lines: Iterable[str]) -> Iterator[Piece]:
+    """Whole lines, of documents that two or more empty ones divide; the line end before these belongs to neither."""
+    held: list[str] = []
+    characters, empty = 0, 0
+    for line in lines:
+        if line == "\n":
+            empty += 1
+            continue
+        if held and empty > 1:
+            yield Piece("".join(held).removesuffix("\n"), True)
+            held, characters = [], 0
+        elif held:
+            held.append("\n" * empty)
+            if characters + len(line) > PIECE_CHARACTERS:
+                yield Piece("".join(held), False)
+                held, characters = [], 0
+        held.append(line)
+        characters += len(line)
+        empty = 0
+    if held:
+        yield Piece("".join(held).removesuffix("\n"), True)
+
+
+def _row_pieces(rows: Iterable[str]) -> Iterator[Piece]:
+    for row in rows:
+        if row.strip():
+            yield from _cut(row)
+
+
+def _cut(text: str) -> Iterator[Piece]:
+    """A document in pieces, cut behind the last line end that fits, else before the last space, else anywhere."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        limit = start + PIECE_CHARACTERS
+        end = text.rfind("\n", start, limit) + 1
+        if end <= start:
+            end = text.rfind(" ", start + 1, limit)
+        if end <= start:
+            end = limit
+        yield Piece(text[start:end], False)
+        start = end
+    yield Piece(text[start:], True)

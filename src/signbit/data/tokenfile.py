@@ -1,0 +1,229 @@
+"""Token ids on the disk: one text, tokenized once, and read from there as often as a run likes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from signbit.data.corpus import TOKENS, Piece, Source, find_corpus
+from signbit.errors import DataError
+
+#: Version of the files, and of how text becomes tokens: a new one makes all text be tokenized anew.
+VERSION = 1
+#: Characters that are handed to the tokenizer in one call.
+_BATCH_CHARACTERS = 1_000_000
+#: Called with (documents, tokens) so far; how many there will be is not known.
+TokenProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Token ids in a file, little-endian and nothing else, described by a .json of the same name beside it."""
+
+    path: Path
+    source: str
+    """The text they are of."""
+    documents: int
+    tokens: int
+    """Boundaries included."""
+    dtype: str
+    """uint16 if every id of the vocabulary fits, else uint32."""
+    boundary: int | None
+    """The id that ends each document: the tokenizer's end of sequence, else its beginning. None if it has neither, and
+    then nothing divides the documents."""
+    tokenizer: str
+    """Digest of the tokenizer that the ids are of (`tokenizer_digest`)."""
+    row_tokens: int | None = None
+    """Length of the rows that the tokens are, which do not run on into each other; None for running text."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """How a model wrote them (`self_generate`)."""
+
+    def open(self) -> np.ndarray:
+        """The ids [tokens], mapped from the disk, read-only."""
+        return np.memmap(self.path, _on_disk(self.dtype), mode="r", shape=(self.tokens,))
+
+
+def _on_disk(dtype: str) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def as_bytes(ids: Any, dtype: str) -> bytes:
+    """Ids (a list or an array) as they stand in a file."""
+    return np.asarray(ids, dtype=_on_disk(dtype)).tobytes()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256, in hex, of what decides the ids that a tokenizer gives: all of a fast one, the vocabulary of a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        what: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:
+        what = json.loads(backend.to_str())
+        # Set by whoever called the tokenizer last; the call that makes the ids sets neither.
+        del what["truncation"], what["padding"]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def boundary_id(tokenizer: Any) -> int | None:
+    """The id that ends a document: end of sequence, else beginning of sequence, else None."""
+    end: int | None = tokenizer.eos_token_id
+    return tokenizer.bos_token_id if end is None else end
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the highest id, which in a vocabulary with holes is more than its length."""
+    return 1 + max(map(int, tokenizer.get_vocab().values()))
+
+
+def id_type(vocabulary: int) -> str:
+    """The smallest of uint16 and uint32 that holds the ids of a vocabulary of this size."""
+    return "uint16" if vocabulary <= 1 << 16 else "uint32"
+
+
+def token_file(
+    tokenizer: Any,
+    source: Source,
+    folder: str | Path,
+    data_dir: str | Path | None = None,
+    progress: TokenProgress | None = None,
+) -> TokenFile:
+    """The tokens of `source`, each document followed by the boundary id, in `folder`; made unless they are there.
+
+    The file is named after all that decides its content: the text (bytes of local files, fingerprint of a hub data
+    set), the tokenizer and `VERSION`; nothing is read anew while these stay. No special token but the boundary is
+    added. Documents of more than some 100 thousand characters are tokenized in pieces cut at line ends, which may make
+    other tokens there than the whole would. A source that is a .tokens file is opened where it lies. Several processes
+    may call this at once: each writes its own file, and the last rename wins with the same bytes.
+
+    Raises DataError if the text is missing, damaged, not UTF-8 or empty, if `folder` cannot be written, and for a
+    .tokens file of another tokenizer.
+    """
+    digest = tokenizer_digest(tokenizer)
+    if source.name.endswith(TOKENS):
+        found = read_token_file(source.name)
+        if found.tokenizer != digest:
+            raise DataError(
+                f"{source.name} holds tokens of another tokenizer than the model's; make it anew with this one"
+            )
+        return found
+    corpus = find_corpus(source, data_dir)
+    boundary = boundary_id(tokenizer)
+    key = json.dumps([VERSION, corpus.identity, digest, boundary])
+    path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}{TOKENS}"
+    with suppress(DataError):  # not there, or not whole
+        return replace(read_token_file(path), source=corpus.source)
+    dtype = id_type(vocabulary_size(tokenizer))
+    documents = tokens = 0
+    with _partial(path) as stream:
+        # The tokens of the document at hand: one that gave none (blank, say) is no document.
+        of_document = 0
+        for batch in _batches(corpus.pieces()):
+            rows = tokenizer(
+                [piece.text for piece in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
+            )["input_ids"]
+            for piece, row in zip(batch, rows, strict=True):
+                of_document += len(row)
+                if piece.last and of_document:
+                    documents += 1
+                    of_document = 0
+                    if boundary is not None:
+                        row.append(boundary)
+                tokens += len(row)
+            stream.write(as_bytes(list(chain.from_iterable(rows)), dtype))
+            if progress is not None:
+                progress(documents, tokens)
+        if not documents:
+            raise DataError(f"{corpus.source} holds no text")
+    made = TokenFile(path, corpus.source, documents, tokens, dtype, boundary, digest)
+    write_description(made)
+    return made
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[BinaryIO]:
+    """A new file that becomes `path` when the block ends well, and is gone when it does not; raises DataError."""
+    host = f".partial-{socket.gethostname()}-"
+    scratch = path.with_name(f".{path.name}{host}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".*{TOKENS}{host}*"):
+            pid = stale.name.rpartition("-")[2]
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+                stale.unlink(missing_ok=True)
+        with scratch.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror or error}); give another folder") from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink()
+
+
+def description(path: Path) -> Path:
+    """The .json beside a file of tokens, without which it is not complete."""
+    return path.with_name(f"{path.name}.json")
+
+
+def write_description(file: TokenFile) -> None:
+    """Describes a file whose tokens are on the disk; raises DataError if that cannot be written."""
+    values = {"format": VERSION, **asdict(file)}
+    del values["path"]
+    write_json(description(file.path), values)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes all of `values` or leaves `path` as it was; raises DataError if it cannot be written."""
+    with _partial(path) as stream:
+        stream.write(f"{json.dumps(values, indent=2)}\n".encode())
+
+
+def read_token_file(path: str | Path) -> TokenFile:
+    """Opens a file of tokens (.tokens, with its .json beside it).
+
+    Raises DataError if either is missing, if there are not as many tokens as described, or if a newer signbit wrote it.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(description(path).read_bytes())
+        if (version := values.pop("format")) != VERSION:
+            raise DataError(
+                f"{path} has format {version}, this signbit reads {VERSION}; make it anew, or update signbit"
+            )
+        file = TokenFile(path, **values)
+        expected = file.tokens * np.dtype(file.dtype).itemsize
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: {error.strerror}; a file of tokens is written by signbit, with a .json beside it"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{description(path)} does not describe a file of tokens ({error}); make both anew") from error
+    if size != expected:
+        raise DataError(f"{path} has {size} bytes instead of {expected}: it is not complete; make it anew")
+    return file

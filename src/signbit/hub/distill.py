@@ -1,0 +1,227 @@
+"""From a teacher's directory to a run's, and from a run's to a packed one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from signbit.data import Blocks, TrainingData, token_file
+from signbit.errors import FormatError, OptionError, TrainingError
+from signbit.hub.config import SignbitConfig
+from signbit.hub.load import load_any, load_tokenizer
+from signbit.hub.quantizer import finish_
+from signbit.hub.save import save
+from signbit.linear import PackedLinear
+from signbit.methods import METHODS
+from signbit.methods.base import find_method
+from signbit.train import (
+    METRICS,
+    Budget,
+    DistillTrainer,
+    Objective,
+    Schedule,
+    Trained,
+    TrainOptions,
+    last_checkpoint,
+    pack_training_,
+    start_training_,
+)
+from signbit.train.plot import plot_run
+from signbit.version import VERSION
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run gives: what `run.json` keeps, and what a resumed run must agree with."""
+
+    teacher: str
+    config: SignbitConfig
+    data: tuple[str, ...]
+    objective: Objective
+    options: TrainOptions
+    schedule: Schedule
+    trained: Trained
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "signbit": VERSION,
+            "teacher": self.teacher,
+            "config": self.config.settings(),
+            "data": list(self.data),
+            "objective": asdict(self.objective),
+            "options": json.loads(json.dumps(asdict(self.options))),
+            "schedule": asdict(self.schedule),
+            "trained": asdict(self.trained),
+        }
+
+
+def _config(settings: dict[str, Any]) -> SignbitConfig:
+    values = {key: value for key, value in settings.items() if key not in ("options", "signbit_version")}
+    return SignbitConfig(**values, **settings["options"])
+
+
+def _dense(name: str, device: str, dtype: torch.dtype) -> Any:
+    """A teacher with dense linears: a packed one's are unpacked."""
+    model = load_any(name, str(dtype).removeprefix("torch."), device)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            if module.norm_in != "none" or module.norm_out != "none" or module.act_bits:
+                raise FormatError(f"{name}: {path} has norms or quantized activations of its own; it cannot be a start")
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            dense.weight.data = module.to_dense(dtype)
+            if module.bias is not None:
+                dense.bias.data = module.bias.detach().to(dtype)
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, dense.to(device))
+    return model
+
+
+def _data(
+    recipe: Recipe, tokenizer: Any, folder: Path, data_dir: str | None, progress: Callable[[str, int, int], None] | None
+) -> tuple[Blocks, Blocks | None]:
+    options, sources = recipe.options, TrainingData.parse(recipe.data)
+    files = []
+    for source in sources.sources:
+        step = None if progress is None else functools.partial(progress, source.name)
+        files.append(token_file(tokenizer, source, folder, data_dir, step))
+    weights = sources.weights
+    steps = options.max_steps if options.max_steps is not None else 10_000_000
+    held = options.validation_blocks
+    train = Blocks(files, options.sequence_length, steps * options.batch_size, weights, options.seed, "train", held)
+    if held == 0:
+        return train, None
+    return train, Blocks(files, options.sequence_length, held * len(files), weights, options.seed, "validation", held)
+
+
+def distill(
+    recipe: Recipe,
+    out: str | Path,
+    resume: bool = False,
+    data_dir: str | None = None,
+    cache: str | Path | None = None,
+    device: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Trains a student of `recipe.teacher` as the recipe says, in the directory `out`; returns its last checkpoint.
+
+    `resume` goes on at the newest complete checkpoint. `cache` is where token files are kept (default: out/data).
+    Raises TrainingError for a directory that holds another run, or none to go on with, and for a run that cannot go on.
+    """
+    out = Path(out)
+    checkpoint = _check_run(recipe, out, resume)
+    budget = Budget(recipe.options.max_steps, recipe.options.max_minutes)
+    tokenizer = load_tokenizer(recipe.teacher)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    data, validation = _data(recipe, tokenizer, Path(cache) if cache else out / "data", data_dir, progress)
+    torch.manual_seed(recipe.options.seed)
+    student = _dense(recipe.teacher, where, torch.float32)
+    method = find_method(METHODS, recipe.config.method)
+    report = start_training_(student, method, recipe.config.plan, recipe.trained)
+    teacher = None
+    if recipe.objective.needs_teacher:
+        small = torch.bfloat16 if where != "cpu" and recipe.options.precision != "float32" else torch.float32
+        teacher = _dense(recipe.teacher, where, small)
+    if recipe.objective.kd_gamma > 0:
+        for model in (student, teacher):
+            if model is not None:
+                model.set_attn_implementation("eager")
+    trainer = DistillTrainer(
+        student, teacher, recipe.objective, recipe.options, recipe.schedule, budget, data, validation, out
+    )
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(out / "tokenizer")
+        (out / RUN).write_text(json.dumps({**recipe.to_dict(), "report": asdict(report)}, indent=2) + "\n")
+    trainer.run(checkpoint)
+    if validation is not None:
+        trainer.evaluate()
+    if trainer.is_world_process_zero():
+        plot_run(out / METRICS, out)
+    last = last_checkpoint(out)
+    assert last is not None
+    return last
+
+
+def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on with; raises TrainingError where `out` does not fit."""
+    run = out / RUN
+    if not resume:
+        if run.exists() or last_checkpoint(out) is not None:
+            raise TrainingError(f"{out} holds a run already; go on with it by --resume, or give another directory")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{out} cannot be made ({error.strerror})") from error
+        return None
+    if not run.is_file():
+        raise TrainingError(f"{out} holds no run to go on with; leave --resume out to begin one")
+    before, now = json.loads(run.read_text()), recipe.to_dict()
+    for part in ("teacher", "config", "data", "objective", "options", "schedule", "trained"):
+        if before[part] != now[part]:
+            differs = part
+            if isinstance(now[part], dict):
+                keys = [key for key in now[part] if now[part][key] != before[part].get(key)]
+                differs = f"{keys[0]} ({before[part].get(keys[0])!r} there, {now[part][keys[0]]!r} here)"
+            raise TrainingError(f"{out} is another run: {differs} differs; give the same options, or another directory")
+    return last_checkpoint(out)
+
+
+def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str = "float32") -> tuple[Path, int]:
+    """Writes the newest complete checkpoint of `run` as a packed directory; returns it and how many latents were 0.
+
+    `dtype` is what everything but signs is stored in; float32 loses nothing. Raises TrainingError if there is none.
+    """
+    run = Path(run)
+    checkpoint = last_checkpoint(run)
+    if not (run / RUN).is_file() or checkpoint is None:
+        raise TrainingError(f"{run} holds no complete checkpoint; give the directory of a run of signbit distill")
+    settings = json.loads((run / RUN).read_text())
+    config = _config(settings["config"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+    method = find_method(METHODS, config.method)
+    with torch.no_grad():
+        report = start_training_(model, method, config.plan, Trained())
+    state = (
+        load_file(checkpoint / "model.safetensors")
+        if (checkpoint / "model.safetensors").is_file()
+        else _shards(checkpoint)
+    )
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if unexpected or (missing := [name for name in missing if name not in tied]):
+        name = (list(unexpected) or missing)[0]
+        raise FormatError(f"{checkpoint}: the tensor {name} is {'unknown' if unexpected else 'missing'}; it is damaged")
+    packed = pack_training_(model, report)
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise OptionError(f"--dtype is {dtype!r}; float32, float16 and bfloat16 are allowed")
+    model.to(getattr(torch, dtype))
+    finish_(model, config, packed.report)
+    command = f"signbit pack {run}"
+    path = save(
+        model.eval(),
+        out,
+        load_tokenizer(str(run / "tokenizer")),
+        packed.report,
+        settings["teacher"],
+        command,
+        overwrite,
+    )
+    return path, packed.zeros
+
+
+def _shards(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        state |= load_file(path)
+    return state

@@ -1,0 +1,42 @@
+"""Training: students of binary layers, what they are taught by, and the trainer."""
+
+from signbit.train.budget import Budget, Schedule
+from signbit.train.muon import Muon, Together, orthogonalized
+from signbit.train.objectives import (
+    Head,
+    Objective,
+    attention_distance,
+    hidden_distance,
+    kl_divergence,
+    output_loss,
+    soft_cross_entropy,
+)
+from signbit.train.students import Flips, Packed, Trained, binary_layers, latents, pack_training_, start_training_
+from signbit.train.trainer import METRICS, DistillTrainer, TrainOptions, head_of, last_checkpoint
+
+__all__ = [
+    "METRICS",
+    "Budget",
+    "DistillTrainer",
+    "Flips",
+    "Head",
+    "Muon",
+    "Objective",
+    "Packed",
+    "Schedule",
+    "Together",
+    "TrainOptions",
+    "Trained",
+    "attention_distance",
+    "binary_layers",
+    "head_of",
+    "hidden_distance",
+    "kl_divergence",
+    "last_checkpoint",
+    "latents",
+    "orthogonalized",
+    "output_loss",
+    "pack_training_",
+    "soft_cross_entropy",
+    "start_training_",
+]

@@ -1,0 +1,74 @@
+"""How long a run lasts, in steps or minutes, and the learning rate over it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from signbit.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine from the learning rate down to a share of it, over the whole budget."""
+
+    warmup_share: float = 0.04
+    """Share of the budget in which the learning rate rises."""
+    warmup_steps: int | None = None
+    """The same in steps, which goes before the share."""
+    last_share: float = 0.02
+    """What the learning rate ends at, as a share of its peak."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_share < 1:
+            raise OptionError(f"warmup_share is {self.warmup_share}; it is a share, from 0 to below 1")
+        if not 0 <= self.last_share <= 1:
+            raise OptionError(f"last_share is {self.last_share}; it is a share, from 0 to 1")
+
+    def factor(self, done: float, step: int) -> float:
+        """The learning rate as a share of its peak, where `done` of the budget is used and `step` steps are made."""
+        if self.warmup_steps is not None:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+        elif done < self.warmup_share:
+            return done / self.warmup_share
+        start = 0.0 if self.warmup_steps is not None else self.warmup_share
+        along = min(max((done - start) / (1 - start), 0.0), 1.0)
+        return self.last_share + (1 - self.last_share) * (1 + math.cos(math.pi * along)) / 2
+
+
+class Budget:
+    """Steps, or minutes of training; of minutes those count that runs before a resumption used.
+
+    Raises OptionError unless exactly one of both is given.
+    """
+
+    def __init__(
+        self, max_steps: int | None, max_minutes: float | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        if (max_steps is None) == (max_minutes is None):
+            raise OptionError("how long? give either --max-steps N or --max-minutes M")
+        if max_steps is not None and max_steps < 1:
+            raise OptionError(f"--max-steps is {max_steps}; at least one step is needed")
+        if max_minutes is not None and not max_minutes > 0:
+            raise OptionError(f"--max-minutes is {max_minutes}; a positive number is needed")
+        self.max_steps, self.max_minutes, self._clock = max_steps, max_minutes, clock
+        self._before_s, self._began = 0.0, clock()
+
+    def begin(self, before_s: float = 0.0) -> None:
+        """From here on time counts, after the seconds that were used before."""
+        self._before_s, self._began = before_s, self._clock()
+
+    @property
+    def used_s(self) -> float:
+        """Seconds of training, those before a resumption included."""
+        return self._before_s + self._clock() - self._began
+
+    def done(self, step: int) -> float:
+        """Share of the budget that is used after `step` steps."""
+        if self.max_steps is not None:
+            return step / self.max_steps
+        assert self.max_minutes is not None
+        return self.used_s / (60 * self.max_minutes)

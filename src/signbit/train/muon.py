@@ -1,0 +1,109 @@
+"""Muon for matrices of latents, and one optimizer made of several."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from signbit.errors import OptionError
+
+#: Coefficients of the quintic Newton–Schulz step, as published.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices whose singular values are brought near 1: X ← aX + (bXXᵀ + c(XXᵀ)²)X, from X/‖X‖.
+
+    `matrices` is float [B, N, K]; the work and the result are bfloat16 on a GPU, float32 on a CPU, where that is faster.
+    Source: Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    turned = x.shape[-2] > x.shape[-1]
+    x = x.mT if turned else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if turned else x
+
+
+class Muon(torch.optim.Optimizer):
+    """W ← W − 0.2·√max(N, K)·lr·orthogonalized(G + μM), M ← μM + (1 − μ)G: an update of root mean square 0.2·lr.
+
+    As torch.optim.Muon (torch 2.9) with adjust_lr_fn="match_rms_adamw" and without decay, but all matrices of one shape at
+    once: one by one, those of a small model take longer to launch than a step to compute. Parameters are matrices
+    [N, K]; raises OptionError for others.
+    Source: Muon is scalable for LLM training (arXiv 2502.16982), eq. 4.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95, steps: int = 5) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim != 2:
+                    raise OptionError(f"Muon takes matrices, not a tensor of shape {list(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            same: dict[Any, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    same[parameter.shape, parameter.device].append(parameter)
+            for (shape, _), some in same.items():
+                for parameter in some:
+                    if not self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                buffers = [self.state[parameter]["momentum_buffer"] for parameter in some]
+                grads = [parameter.grad for parameter in some if parameter.grad is not None]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
+                updates = orthogonalized(torch.stack(list(ahead)), group["steps"])
+                size = -0.2 * max(shape) ** 0.5 * group["lr"]
+                torch._foreach_add_(list[Tensor](some), [u.to(some[0].dtype) for u in updates.unbind()], alpha=size)
+        return loss
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each with its own parameters, as one: what a trainer and a schedule take for an optimizer.
+
+    Gradients of the last one's parameters are cut to the norm `max_norm` before its step, if that is not 0; those of
+    Muon need not be, whose updates have a size of their own. `grad_norm` is what their norm was.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], max_norm: float = 0.0) -> None:
+        self.optimizers, self.max_norm = tuple(optimizers), max_norm
+        self.grad_norm: Tensor | None = None
+        super().__init__([p for o in self.optimizers for g in o.param_groups for p in g["params"]], {})
+        # The very groups of the parts, so that a schedule that sets a learning rate here sets it there.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        if self.max_norm > 0:
+            some = [p for group in self.optimizers[-1].param_groups for p in group["params"] if p.grad is not None]
+            self.grad_norm = nn.utils.clip_grad_norm_(some, self.max_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -1,0 +1,123 @@
+"""A model in which the linears of the blocks are being trained to be binary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from signbit import ptq
+from signbit.errors import OptionError, SignbitError
+from signbit.linear import BinaryLinear
+from signbit.methods.base import Method
+from signbit.models import Decision, Report, linear_parts, set_module, split_experts_
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained beside the binary layers; everything else is frozen."""
+
+    train_norms: bool = True
+    """Also train the weights of norms (and what else stands in the blocks)."""
+    train_embeddings: bool = False
+    """Also train the embeddings, and the output head if it is another tensor."""
+
+
+def start_training_(model: nn.Module, method: Method, plan: ptq.Plan, trained: Trained) -> Report:
+    """Puts the method's trainable layer in the place of each linear of the blocks, in place; returns what was done.
+
+    Latents are float32 whatever the model's dtype. Raises StructureError and OptionError as `quantize_` does, and
+    OptionError for a method that has no trainable layer.
+    """
+    if method.layer is None:
+        raise OptionError("this method has no layer that is trained; it is calibrated, see signbit quantize")
+    split_experts_(model, plan.selection)
+    structure = ptq.find_targets(model, plan)
+    for name, parameter in model.named_parameters():
+        ptq.check_finite(name, parameter)
+    decisions = []
+    for target in structure.targets:
+        weight, bias = linear_parts(model.get_submodule(target.name))
+        try:
+            layer = method.layer.start(weight.detach().float(), bias, plan.options_of(target.name))
+        except SignbitError as error:
+            raise type(error)(f"{target.name}: {error}") from error
+        set_module(model, target.name, layer)
+        entries = target.out_features * target.in_features
+        decisions.append(Decision(target.name, "binarized", ptq.LINEAR, entries, weights=entries))
+    model.requires_grad_(trained.train_norms)
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
+        if embedding is not None:
+            embedding.requires_grad_(trained.train_embeddings)
+    for _, layer in binary_layers(model):
+        layer.train_parts_()
+    return Report((*decisions, *structure.kept), structure.block_parameters)
+
+
+def binary_layers(model: nn.Module) -> Iterable[tuple[str, BinaryLinear]]:
+    """The trainable layers of `model` by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BinaryLinear))
+
+
+def latents(model: nn.Module) -> list[nn.Parameter]:
+    """The latent matrices of `model`, [N, K] each: those whose signs are what is kept of them."""
+    return [layer.weight for _, layer in binary_layers(model)]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing found: the report, and how many latents are exactly 0, whose sign is +1 by definition."""
+
+    report: Report
+    zeros: int
+
+
+@torch.no_grad()
+def pack_training_(model: nn.Module, report: Report) -> Packed:
+    """Puts the packed layer in the place of each trainable one, in place, without a loss."""
+    sizes: dict[str, int] = {}
+    zeros = 0
+    for name, layer in list(binary_layers(model)):
+        zeros += int((layer.weight == 0).sum())
+        packed = layer.pack()
+        sizes[name] = packed.nbytes
+        set_module(model, name, packed)
+    decisions = tuple(
+        Decision(d.name, d.action, d.why, d.parameters, sizes[d.name], d.weights) if d.name in sizes else d
+        for d in report.decisions
+    )
+    return Packed(Report(decisions, report.block_parameters), zeros)
+
+
+class Flips:
+    """Which signs of the latents changed since they were last looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = dict(binary_layers(model))
+        self._before = self._signs()
+
+    def _signs(self) -> dict[str, Tensor]:
+        return {name: _whole(layer.weight) >= 0 for name, layer in self._layers.items()}
+
+    @torch.no_grad()
+    def since(self) -> dict[str, float]:
+        """Share of the signs of each layer that changed, and from here on counts anew."""
+        now = self._signs()
+        changed = {name: (signs != self._before[name]).sum() for name, signs in now.items()}
+        counts = torch.stack(list(changed.values())).tolist() if changed else []
+        self._before = now
+        return {name: count / now[name].numel() for name, count in zip(changed, counts, strict=True)}
+
+    def share(self, by_layer: dict[str, float]) -> float:
+        """Share of all signs, from the shares of the layers."""
+        total = sum(signs.numel() for signs in self._before.values())
+        return sum(by_layer[name] * signs.numel() for name, signs in self._before.items()) / max(total, 1)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter that is divided over devices, as this process sees it: its own part."""
+    data: Any = parameter.detach()
+    return data.to_local() if hasattr(data, "to_local") else data  # type: ignore[no-any-return]
