@@ -42,10 +42,10 @@ class Blocks(Dataset[dict[str, Tensor]]):
     """`count` blocks of `length` tokens from one or several files, in an order that the seed fixes.
 
     Item i is {"input_ids": int64 [length]}, the same whenever it is asked for, so that a resumed run goes on with the
-    data that it would have seen. Among the first i items, each text's share is its weight's to within one or two blocks
-    (weights are relative; equal if not given). A text is walked through a permutation of its blocks, another one at each
-    pass. Blocks lie end to end from the start of a text, whatever documents they cut; less than a block at its end is
-    left out.
+    data that it would have seen. The order is shuffled already: take the items one after another. Among the first i
+    items, each text's share is its weight's to within one or two blocks (weights are relative; equal if not given). A
+    text is walked through a permutation of its blocks, another one at each pass. Blocks lie end to end from the start
+    of a text, whatever documents they cut; less than a block at its end is left out.
 
     `part` "validation" holds `validation_blocks` blocks of each text, the texts in turn, that `part` "train" never
     sees if both have this number and `length` in common. They are chosen by a permutation that no seed changes.
@@ -86,9 +86,9 @@ class Blocks(Dataset[dict[str, Tensor]]):
         shares = [Fraction(str(float(weight))) for weight in weights]
         whole = math.lcm(*(share.denominator for share in shares))
         self._weights = [int(share * whole) for share in shares]
-        # Opened and computed in each process when they are needed; all orders together have four bytes an item.
+        # Opened and computed in each process when they are needed. Of the orders, only a text's last one is kept.
         self._arrays: dict[int, np.ndarray] = {}
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._parts: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,9 +133,9 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def _block(self, source: int, rank: int) -> int:
         """The block that is the `rank`-th one drawn from a text."""
         turn, place = divmod(rank, self._sizes[source])
-        if (source, turn) not in self._orders:
-            self._orders[source, turn] = _permutation([self.seed, source, turn], self._sizes[source])
-        place = int(self._orders[source, turn][place])
+        if source not in self._orders or self._orders[source][0] != turn:
+            self._orders[source] = turn, _permutation([self.seed, source, turn], self._sizes[source])
+        place = int(self._orders[source][1][place])
         if not self.validation_blocks:
             return place
         if source not in self._parts:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from signbit.data.sources import JSON_LINES, SETS, TextSet, file_rows, hub_data, local_file, open_text, reading
 from signbit.errors import DataError
@@ -136,6 +136,8 @@ class Piece(NamedTuple):
     text: str
     last: bool
     """Whether the document ends here."""
+    read: int = 0
+    """How much of the corpus is read by now, in the unit of its size."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Corpus:
 
     source: str
     """Where it is from."""
+    size: int
+    """Bytes of its files, or rows of a hub data set."""
     identity: Any
     """What changes when the text does (JSON values): digests of files, or the fingerprint of a hub data set."""
     pieces: Callable[[], Iterator[Piece]]
@@ -166,12 +170,17 @@ def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
     files = _files(name)
     identity = [["lines" if file.name.endswith(_PLAIN) else "rows", file_digest(file)] for file in files]
 
-    def pieces() -> Iterator[Piece]:
-        for file in files:
-            with reading(file):
-                yield from _file_pieces(file)
+    sizes = [file.stat().st_size for file in files]
 
-    return Corpus(name, identity, pieces)
+    def pieces() -> Iterator[Piece]:
+        before = 0
+        for file, size in zip(files, sizes, strict=True):
+            with reading(file), file.open("rb") as raw:
+                for piece in _file_pieces(file, raw):
+                    yield piece._replace(read=before + raw.tell())
+            before += size
+
+    return Corpus(name, sum(sizes), identity, pieces)
 
 
 def file_digest(path: Path) -> str:
@@ -191,12 +200,14 @@ def _named(wanted: TextSet, data_dir: str | Path | None) -> Corpus:
     if data_dir is None:
         return _from_hub(wanted, divided)
     path = local_file(Path(data_dir), wanted)
+    size = path.stat().st_size
 
     def pieces() -> Iterator[Piece]:
-        with reading(path):
-            yield from divided(file_rows(path, wanted.rows))
+        with reading(path), path.open("rb") as raw:
+            for piece in divided(file_rows(path, wanted.rows, raw)):
+                yield piece._replace(read=size if raw.closed else raw.tell())
 
-    return Corpus(str(path), [wanted.name, file_digest(path)], pieces)
+    return Corpus(str(path), size, [wanted.name, file_digest(path)], pieces)
 
 
 def _from_hub(wanted: TextSet, divided: Callable[[Iterator[str]], Iterator[Piece]]) -> Corpus:
@@ -207,18 +218,27 @@ def _from_hub(wanted: TextSet, divided: Callable[[Iterator[str]], Iterator[Piece
         raise DataError(f"{source} has no column {column}; it has {', '.join(data.column_names)}")
 
     def pieces() -> Iterator[Piece]:
+        read = 0
+
+        def rows() -> Iterator[str]:
+            nonlocal read
+            for row in data:
+                read += 1
+                yield str(row[column] or "")
+
         with reading(source):
-            yield from divided(str(row[column] or "") for row in data)
+            for piece in divided(rows()):
+                yield piece._replace(read=read)
 
     # The fingerprint covers the data set's name, configuration, revision and split.
-    return Corpus(source, [wanted.name, data._fingerprint, column], pieces)
+    return Corpus(source, len(data), [wanted.name, data._fingerprint, column], pieces)
 
 
-def _file_pieces(path: Path) -> Iterator[Piece]:
+def _file_pieces(path: Path, raw: BinaryIO) -> Iterator[Piece]:
     if not path.name.endswith(_PLAIN):
-        yield from _row_pieces(file_rows(path))
+        yield from _row_pieces(file_rows(path, raw=raw))
         return
-    with open_text(path) as lines:
+    with open_text(path, raw) as lines:
         for piece in _line_pieces(lines):
             for part in _cut(piece.text):
                 yield Piece(part.text, part.last and piece.last)

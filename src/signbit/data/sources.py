@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
+from typing import Any, BinaryIO, Literal, TextIO, cast
 
 from signbit.errors import DataError
 
@@ -152,10 +153,12 @@ class Text:
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".json.xz")
 
 
-def open_text(path: Path) -> TextIO:
-    """A file of UTF-8 text, unpacked while it is read if its name ends in .gz or .xz."""
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return cast(TextIO, opener(path, "rt", encoding="utf-8"))
+def open_text(path: Path, raw: BinaryIO | None = None) -> TextIO:
+    """A file of UTF-8 text, unpacked while it is read if its name ends in .gz or .xz; `raw` is the file, if open."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
+    if opener is not None:
+        return cast(TextIO, opener(raw or path, "rt", encoding="utf-8"))
+    return path.open(encoding="utf-8") if raw is None else TextIOWrapper(raw, encoding="utf-8")
 
 
 @contextmanager
@@ -176,13 +179,13 @@ def reading(source: str | Path) -> Iterator[None]:
         raise DataError(f"{source} cannot be read ({error})") from error
 
 
-def file_rows(path: Path, rows: str = "whole") -> Iterator[str]:
-    """The documents of a file, one after another; only plain text is read as a whole."""
+def file_rows(path: Path, rows: str = "whole", raw: BinaryIO | None = None) -> Iterator[str]:
+    """The documents of a file, one after another; only plain text is read as a whole. `raw` is the file, if open."""
     if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, raw)
         return
     if path.name.endswith(JSON_LINES):
-        with open_text(path) as stream:
+        with open_text(path, raw) as stream:
             for number, line in enumerate(stream, start=1):
                 try:
                     text = json.loads(line)["text"]
@@ -193,7 +196,7 @@ def file_rows(path: Path, rows: str = "whole") -> Iterator[str]:
                     raise DataError(f"{path}, line {number}: not a JSON object with a text ({error})") from error
                 yield text
         return
-    with open_text(path) as stream:
+    with open_text(path, raw) as stream:
         text = stream.read()
     if rows == "lines":
         # The hub's rows are the file's lines, line end included, with blank ones empty.
@@ -205,14 +208,14 @@ def file_rows(path: Path, rows: str = "whole") -> Iterator[str]:
         yield text
 
 
-def _parquet_rows(path: Path) -> Iterator[str]:
+def _parquet_rows(path: Path, raw: BinaryIO | None) -> Iterator[str]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError(f"reading {path} needs the package pyarrow (pip install pyarrow); or give a .jsonl") from None
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(raw or path) as file:
             if "text" not in file.schema_arrow.names:
                 raise DataError(f"{path} has no column text; it has {', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):

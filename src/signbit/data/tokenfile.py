@@ -22,7 +22,7 @@ from signbit.errors import DataError
 VERSION = 1
 #: Characters that are handed to the tokenizer in one call.
 _BATCH_CHARACTERS = 1_000_000
-#: Called with (documents, tokens) so far; how many there will be is not known.
+#: Called with how much of the text is tokenized, and how much there is: bytes of its files, or rows of a hub data set.
 TokenProgress = Callable[[int, int], None]
 
 
@@ -141,7 +141,7 @@ def token_file(
                 tokens += len(row)
             stream.write(as_bytes(list(chain.from_iterable(rows)), dtype))
             if progress is not None:
-                progress(documents, tokens)
+                progress(batch[-1].read, corpus.size)
         if not documents:
             raise DataError(f"{corpus.source} holds no text")
     made = TokenFile(path, corpus.source, documents, tokens, dtype, boundary, digest)

@@ -139,7 +139,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         inside = any(name.startswith(f"{other}.") for other in outermost)
         if not isinstance(module, nn.ModuleList) or inside:
             continue
-        if any(_is_linear(child) or isinstance(child, PackedLinear) for child in module.modules()):
+        if any(_is_linear(child) or isinstance(child, (PackedLinear, BinaryLinear)) for child in module.modules()):
             outermost[name] = module
     if not outermost:
         raise StructureError(
