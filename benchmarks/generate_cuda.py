@@ -151,7 +151,9 @@ def main() -> None:
     )
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     parser.add_argument(
-        "--inductor-defaults", action="store_true", help="without the two settings of torch.compile that help both models"
+        "--inductor-defaults",
+        action="store_true",
+        help="without the two settings of torch.compile that help both models",
     )
     parser.add_argument("--profile", action="store_true", help="also print what the kernels of a captured step take")
     parser.add_argument("--json")

@@ -184,7 +184,11 @@ def test_a_directory_is_its_files_by_name(tokenizer, tmp_path, folder, monkeypat
     write_documents(some / "deeper" / "d.txt", ["w9"])
     listed = type(some).iterdir
     monkeypatch.setattr(type(some), "iterdir", lambda self: iter(sorted(listed(self), reverse=True)))
-    assert ids_of(token_file(tokenizer, parse_source(str(some)), folder)) == [4, END, 5, END, 6, END]
+    progress = []
+    file = token_file(tokenizer, parse_source(str(some)), folder, progress=lambda *done: progress.append(done))
+    assert ids_of(file) == [4, END, 5, END, 6, END]
+    size = sum((some / name).stat().st_size for name in ("a.jsonl", "b.txt", "c.txt.xz"))
+    assert progress == [(size, size)]
 
 
 @pytest.mark.parametrize(
@@ -322,6 +326,23 @@ def test_hub_data_sets(tokenizer, tmp_path, folder, monkeypatch):
         token_file(tokenizer, parse_source(f"hub:{own}::test:words"), folder)
     (own / "train.jsonl").write_text('{"words": "w5"}\n')
     assert ids_of(token_file(tokenizer, source, folder)) == [8, END]
+
+
+def test_named_sets_of_the_hub(tokenizer, folder, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    class Rows(list):
+        column_names = ("text",)
+        _fingerprint = "0"
+
+    rows = Rows({"text": f"w{i % 61}"} for i in range(36720))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *args, **named: rows))
+    joined = token_file(tokenizer, Source("wikitext2"), folder)
+    assert (joined.documents, joined.tokens) == (1, 36719), "as many rows as the set has, and one boundary"
+    apart = token_file(tokenizer, Source("c4"), folder)
+    assert (apart.documents, apart.tokens) == (36720, 2 * 36720), "another set of the same fingerprint is another file"
+    assert joined.source == "Salesforce/wikitext (wikitext-2-raw-v1, train)"
 
 
 def test_files_need_no_datasets(made, monkeypatch, tokenizer, folder):

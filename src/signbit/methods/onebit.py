@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -142,21 +142,12 @@ def _balanced(h: Tensor, g: Tensor, balance: str) -> tuple[Tensor, Tensor]:
     return h * factor, g / factor
 
 
-class _Sign(torch.autograd.Function):
-    """sign(W), sign(0) = +1, with the slope 1 (identity) or 1.001 − tanh²(W) (OneBit)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, tanh: bool) -> Tensor:
-        ctx.tanh = tanh
-        ctx.save_for_backward(*([weight] if tanh else []))
-        return torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        if not ctx.tanh:
-            return grads[0], None
-        (weight,) = ctx.saved_tensors
-        return grads[0] * (1.001 - weight.tanh().square()), None
+def _signs(weight: Tensor, ste: str) -> Tensor:
+    """sign(W), sign(0) = +1, with the slope 1 (identity), or 1.001 − tanh²(W) (OneBit): that of 0.001·W + tanh(W)."""
+    signs = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
+    slope = weight if ste == "identity" else 0.001 * weight + weight.tanh()
+    # What is added is exactly 0. An autograd.Function of our own lost this gradient under torch.compile (2.11, on a GPU).
+    return signs + (slope - slope.detach())
 
 
 class OnebitLinear(BinaryLinear):
@@ -196,7 +187,7 @@ class OnebitLinear(BinaryLinear):
 
     def effective_weight(self) -> Tensor:
         """W̃ float [N, K], in the dtype of the latents."""
-        signs = _Sign.apply(self.weight, self.options.ste == "tanh")
+        signs = _signs(self.weight, self.options.ste)
         total: Tensor | None = None
         for plane in range(self.scale.shape[0]):
             term = signs * self.scale[plane][:, None]

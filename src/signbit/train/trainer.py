@@ -198,6 +198,9 @@ class DistillTrainer(Trainer):
                     f"the teacher has {self.teacher_head.weight.shape[0]} tokens in its vocabulary and the student "
                     f"{self.head.weight.shape[0]}; they must share one tokenizer"
                 )
+        if arguments.bf16:
+            # The stream that blocks add to is in the dtype that they multiply in; norms still compute in float32.
+            student.get_input_embeddings().register_forward_hook(lambda module, given, out: out.bfloat16())
         if options.compile:
             for model in (student, teacher):
                 if model is not None:
