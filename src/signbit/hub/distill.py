@@ -84,6 +84,9 @@ def _dense(name: str, device: str, dtype: torch.dtype) -> Any:
                 dense.bias.data = module.bias.detach().to(dtype)
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, dense.to(device))
+    if getattr(model, "hf_quantizer", None) is not None:  # no longer: transformers refuses to train a quantized model
+        model.hf_quantizer.remove_quantization_config(model)
+        model.hf_quantizer = None
     return model
 
 
@@ -143,8 +146,6 @@ def distill(
         tokenizer.save_pretrained(out / "tokenizer")
         (out / RUN).write_text(json.dumps({**recipe.to_dict(), "report": asdict(report)}, indent=2) + "\n")
     trainer.run(checkpoint)
-    if validation is not None:
-        trainer.evaluate()
     if trainer.is_world_process_zero():
         plot_run(out / METRICS, out)
     last = last_checkpoint(out)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 from signbit.errors import OptionError, StructureError, TrainingError
 from signbit.methods.base import check_choice
@@ -90,6 +91,9 @@ class TrainOptions:
                 raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is needed")
         if self.learning_rate < 0:
             raise OptionError(f"--learning-rate is {self.learning_rate}; it cannot be negative")
+        known = [name.value for name in OptimizerNames]
+        if self.optim != "muon" and self.optim not in known:
+            raise OptionError(f"--optim is {self.optim!r}; muon and transformers' are allowed: {', '.join(known)}")
         if self.optim == "muon" and not hasattr(torch.optim, "Muon"):
             raise OptionError(f"muon needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw_torch")
 
@@ -169,6 +173,8 @@ class DistillTrainer(Trainer):
             logging_steps=options.log_every,
             logging_nan_inf_filter=False,
             save_steps=options.save_every,
+            eval_strategy="no" if validation is None else "steps",
+            eval_steps=options.save_every,
             save_total_limit=None,  # old checkpoints go when a new one is complete
             seed=options.seed,
             report_to=list(options.report_to) or "none",
@@ -337,6 +343,8 @@ class DistillTrainer(Trainer):
             seen = state["step"] * self.options.batch_size
             self.metrics.forget_after(state["step"])
             self.budget.begin(state["used_s"])
+            if self.budget.done(state["step"]) >= 1:
+                return
         else:
             self.budget.begin()
         self.train_dataset = Subset(self._data, range(seen, len(self._data)))  # type: ignore[arg-type]
@@ -391,6 +399,7 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget = self._trainer.budget
+        self._trainer.flips.since()  # from the signs on that a checkpoint brought
         self._last = (state.global_step, time.monotonic())
         if state.is_world_process_zero:
             total = budget.max_steps if budget.max_minutes is None else round(60 * budget.max_minutes)
@@ -407,6 +416,7 @@ class Metrics(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.budget.done(state.global_step) >= 1:
             control.should_training_stop = control.should_save = True
+            control.should_evaluate = self._trainer.eval_dataset is not None
         if control.should_save:
             control.should_log = True  # so that the means begin anew there, resumed or not
         if self._bar is not None:

@@ -1,0 +1,383 @@
+"""Runs of a tiny model: what is written, what resuming gives, what is refused, and that packing loses nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import signbit
+from signbit.cli import main
+from signbit.errors import OptionError, SignbitError, TrainingError
+from signbit.hub.distill import RUN, pack
+from signbit.hub.load import load_any
+from signbit.methods import METHODS
+from signbit.ptq import Plan
+from signbit.train import (
+    Budget,
+    DistillTrainer,
+    Flips,
+    Objective,
+    Schedule,
+    Trained,
+    TrainOptions,
+    binary_layers,
+    head_of,
+    last_checkpoint,
+    pack_training_,
+    start_training_,
+)
+from tests import families
+
+#: What a line of metrics says of the machine and not of the run.
+TIME = ("tokens_per_s", "used_s")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    generator = torch.Generator().manual_seed(0)
+    words = [f"w{int(i)}" for i in torch.randint(0, 61, (6000,), generator=generator)]
+    path.write_text(" ".join(words))
+    return path
+
+
+def run(llama_dir, text, out, *more, method="onebit", steps=8):
+    return main(
+        f"distill {llama_dir} -o {out} --method {method} --data {text} --max-steps {steps} --sequence-length 16 "
+        f"--batch-size 4 --log-every 2 --save-every 4 --validation-blocks 2 --learning-rate 0.02".split()
+        + list(more)
+    )
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIME} for line in lines]
+
+
+def test_a_run_writes_checkpoints_metrics_and_pictures(llama_dir, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out) == 0, capsys.readouterr().err
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8]
+    held, lines = [line for line in lines if "validation_loss" in line], [line for line in lines if "loss" in line]
+    assert [line["step"] for line in held] == [4, 8]
+    assert lines[3]["kl"] == pytest.approx(lines[3]["loss"])
+    assert sum(line["flips"] for line in lines[:4]) > 0.005 and lines[3]["tokens"] == 8 * 4 * 16
+    assert len(lines[0]["flips_by_layer"]) == 14
+    names = {path.name for path in out.iterdir()}
+    assert {"checkpoint-4", "checkpoint-8", "run.json", "metrics.jsonl", "loss.png", "flips.png", "tokenizer"} <= names
+    assert ".unfinished" not in names
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_resuming_gives_the_same_metrics(llama_dir, text, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(llama_dir, text, whole) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-8")
+    (cut / ".unfinished" / "checkpoint-6").mkdir(parents=True)  # as a kill while it was written leaves it
+    assert run(llama_dir, text, cut, "--resume") == 0, capsys.readouterr().err
+    assert metrics(cut) == metrics(whole)
+    one, other = (load_file(out / "checkpoint-8" / "model.safetensors") for out in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert run(llama_dir, text, cut, "--resume") == 0, "one that is finished already"
+    assert metrics(cut) == metrics(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [6.0, 9.0, 13.0])
+def test_a_killed_run_goes_on(llama_dir, text, tmp_path, after_s):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = (
+        f"-m signbit distill {llama_dir} --data {text} --max-steps 60 --sequence-length 16 --batch-size 4 --log-every 1 "
+        "--save-every 3 --validation-blocks 2 --learning-rate 0.02"
+    ).split()
+    assert subprocess.run([sys.executable, *command, "-o", str(whole)], capture_output=True).returncode == 0
+    process = subprocess.Popen([sys.executable, *command, "-o", str(cut)], stderr=subprocess.DEVNULL)
+    try:
+        process.wait(after_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    resume = ["--resume"] if (cut / RUN).exists() else []
+    if not resume:
+        shutil.rmtree(cut, ignore_errors=True)
+    done = subprocess.run([sys.executable, *command, "-o", str(cut), *resume], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert metrics(cut) == metrics(whole)
+
+
+def test_nothing_flips_without_a_learning_rate(llama_dir, text, tmp_path, capsys):
+    assert run(llama_dir, text, tmp_path / "run", "--learning-rate", "0") == 0
+    assert all(line["flips"] == 0 for line in metrics(tmp_path / "run") if "flips" in line)
+    assert "WARNING" not in capsys.readouterr().err, "it was asked for"
+
+
+def test_a_run_in_which_nothing_flips_warns(llama_dir, text, tmp_path, capsys):
+    assert run(llama_dir, text, tmp_path / "run", "--learning-rate", "1e-9", steps=12) == 0
+    assert "WARNING: not one sign changed in the last 2 steps" in capsys.readouterr().err
+
+
+def test_packing_loses_nothing(llama_dir, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out, "--kd-beta", "0.5", "--norm", "layer") == 0
+    assert main(f"pack {out} -o {tmp_path}/packed".split()) == 0, capsys.readouterr().err
+    student = load_any(str(llama_dir), "float32")
+    config = signbit.SignbitConfig("onebit", norm="layer")
+    start_training_(student, METHODS["onebit"], config.plan, Trained())
+    student.load_state_dict(load_file(out / "checkpoint-8" / "model.safetensors"), strict=False)
+    packed = load_any(str(tmp_path / "packed"), "float32")
+    ids = torch.randint(3, 60, (2, 12))
+    want = student.eval()(ids).logits
+    assert (packed(ids).logits - want).abs().max() <= 2e-5 * want.abs().max()
+    assert main(f"pack {out} -o {tmp_path}/packed".split()) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def test_zeros_are_counted_and_pack_to_plus_one(llama_dir, text, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out, steps=2) == 0
+    file = last_checkpoint(out) / "model.safetensors"
+    state = load_file(file)
+    name = next(n for n in state if n.endswith("q_proj.weight"))
+    state[name][0, :5] = 0.0
+    save_file(state, file, {"format": "pt"})
+    _, zeros = pack(out, tmp_path / "packed")
+    assert zeros == 5
+    packed = load_any(str(tmp_path / "packed"), "float32")
+    layer = packed.get_submodule(name.removesuffix(".weight"))
+    assert bool((layer.to_dense()[0, :5] > 0).all())
+
+
+def test_the_teacher_is_no_part_of_the_student(llama_dir, text, tmp_path):
+    """What the original got wrong: it was saved with the student, deleted by saving, and trained along."""
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out, "--train-embeddings") == 0
+    state = load_file(out / "checkpoint-4" / "model.safetensors")
+    assert not [name for name in state if "teacher" in name]
+    lines = metrics(out)
+    assert all(line["kl"] > 0 for line in lines if "kl" in line), "it still teaches after the first checkpoint"
+
+
+@pytest.mark.parametrize("family", families.DENSE)
+def test_the_head_of_every_family_is_known(family):
+    head_of(families.DENSE[family][0]())
+
+
+@pytest.mark.parametrize("family", families.DENSE)
+def test_every_family_trains_and_packs(family):
+    model = families.DENSE[family][0]()
+    report = start_training_(model, METHODS["onebit"], Plan(METHODS["onebit"].options(), allow_partial=True), Trained())
+    assert not model.get_input_embeddings().weight.requires_grad
+    ids = torch.randint(3, 60, (2, 8))
+    loss = model(ids).logits.square().mean()
+    loss.backward()
+    for name, layer in binary_layers(model):
+        assert layer.weight.grad is not None and layer.scale.grad is not None, name
+    want = model.eval()(ids).logits
+    found = pack_training_(model, report)
+    assert found.report.share > 0.5 and (model(ids).logits - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_compiled_training_trains_the_latents(tmp_path):
+    """Under torch.compile (here inductor on a CPU) the gradients are those of eager."""
+    layer = METHODS["onebit"].layer.start(torch.randn(8, 16), None, METHODS["onebit"].options())
+    x, grads = torch.randn(4, 16), []
+    for forward in (layer.forward, torch.compile(layer.forward)):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            forward(x).float().square().sum().backward()
+        grads.append(layer.weight.grad.clone())
+    assert grads[0].abs().min() > 0 and torch.allclose(grads[0], grads[1], rtol=0.05)
+
+
+def trainer(tmp_path, student=None, teacher=None, objective=None, data=None, **options):
+    student = student or families.llama()
+    start_training_(student, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
+    options = TrainOptions(**{"max_steps": 4, "sequence_length": 8, "batch_size": 2, "log_every": 1, **options})
+    data = data or [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(16)]
+    return DistillTrainer(
+        student,
+        teacher,
+        objective or Objective(),
+        options,
+        Schedule(),
+        Budget(options.max_steps, None),
+        data,
+        None,
+        tmp_path,
+    )
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="the teacher has 80 tokens in its vocabulary and the student 64"):
+        trainer(tmp_path, teacher=families.llama(vocab_size=80))
+
+
+def test_an_objective_without_a_teacher_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="the objective looks at a teacher, and there is none"):
+        trainer(tmp_path)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(OptionError, match=r"--batch-size is 3, which 1 devices × 2 parts do not divide"):
+        trainer(tmp_path, teacher=families.llama(), batch_size=3, accumulation=2)
+
+
+def test_parts_of_a_batch_add_up_to_it(tmp_path):
+    """Gradient accumulation: the same steps as with the whole batch at once."""
+    data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(16)]
+    base, teacher = families.llama(), families.llama()
+    states = []
+    for parts in (1, 2):
+        student = families.llama()
+        student.load_state_dict(base.state_dict())
+        one = trainer(
+            tmp_path / str(parts), student, teacher, data=data, batch_size=4, accumulation=parts, optim="adamw_torch"
+        )
+        one.run()
+        states.append({name: p.detach().clone() for name, p in student.named_parameters()})
+    assert all((states[0][n] - states[1][n]).abs().max() <= 1e-5 for n in states[0])
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path):
+    student, teacher = families.llama(), families.llama()
+    made = trainer(tmp_path, student, teacher, save_every=2)
+    inner, calls = made.compute_loss, []
+
+    def compute_loss(*args, **kwargs):
+        calls.append(1)
+        loss = inner(*args, **kwargs)
+        return loss * float("nan") if len(calls) > 3 else loss
+
+    made.compute_loss = compute_loss
+    with pytest.raises(
+        TrainingError, match=r"the loss of step 4 is no number; .*checkpoint-2 is the last good checkpoint"
+    ):
+        made.run()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    made = trainer(tmp_path, families.llama(), families.llama(), save_every=2)
+    inner = made.save_model
+
+    def save_model(folder, **kwargs):
+        inner(folder, **kwargs)
+        if made.state.global_step > 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made, "save_model", save_model)
+    with pytest.raises(TrainingError, match=r"step 4 could not be written .*No space left.*checkpoint-2 is complete"):
+        made.run()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2" and not (tmp_path / ".unfinished").exists()
+
+
+def test_flips_are_counted_layer_by_layer():
+    model = families.llama()
+    start_training_(model, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
+    flips = Flips(model)
+    name, layer = next(iter(binary_layers(model)))
+    layer.weight.data[:2] *= -1
+    shares = flips.since()
+    assert shares.pop(name) == 2 / layer.weight.shape[0] and not any(shares.values())
+    assert not any(flips.since().values()), "counted anew"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--resume", "holds no run to go on with; leave --resume out to begin one"),
+        ("--data NOWHERE.txt", "NOWHERE.txt"),
+        ("--sequence-length 100000", "length"),
+        ("--method pbllm", "this method has no layer that is trained"),
+        ("--recipe none-such", "there is no recipe 'none-such'"),
+        ("--max-minutes 1", "give either --max-steps N or --max-minutes M"),
+    ],
+)
+def test_bad_input_is_refused_in_words(llama_dir, text, tmp_path, capsys, change, message):
+    flag, _, value = change.partition(" ")
+    words = (
+        f"distill {llama_dir} -o {tmp_path}/run --max-steps 2 --sequence-length 16 --batch-size 4 --data {text}".split()
+    )
+    if flag in words:
+        words[words.index(flag) + 1] = value
+    else:
+        words += change.split()
+    code = main(words)
+    err = capsys.readouterr().err
+    assert code == 1 and message in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--kd-alpha 2", "it is a share, from 0 to 1"),
+        (
+            "--optim no_such_optimizer",
+            "--optim is 'no_such_optimizer'; muon and transformers' are allowed: adamw_torch",
+        ),
+        ("--batch-size 0", "--batch-size is 0; at least 1 is needed"),
+    ],
+)
+def test_values_out_of_range_are_refused_while_parsing(change, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(f"distill TEACHER -o RUN {change}".split())
+    words = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stopped.value.code == 2 and message in words
+
+
+def test_a_directory_of_another_run_is_not_gone_on_with(llama_dir, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out, steps=2) == 0
+    assert run(llama_dir, text, out, steps=2) == 1
+    assert "holds a run already; go on with it by --resume" in capsys.readouterr().err
+    assert run(llama_dir, text, out, "--resume", method="absmean", steps=2) == 1
+    assert "is another run: method ('onebit' there, 'absmean' here) differs" in capsys.readouterr().err
+    assert run(llama_dir, text, out, "--resume", "--kd-beta", "1", steps=2) == 1
+    assert "kd_beta (0.0 there, 1.0 here) differs" in capsys.readouterr().err
+
+
+def test_a_packed_teacher_may_teach(llama_dir, text, tmp_path, capsys):
+    assert main(f"quantize {llama_dir} -o {tmp_path}/packed --method absmean".split()) == 0
+    assert run(f"{tmp_path}/packed", text, tmp_path / "run", steps=2) == 0, capsys.readouterr().err
+    assert main(f"pack {tmp_path}/run -o {tmp_path}/again".split()) == 0, capsys.readouterr().err
+
+
+def test_a_run_that_has_no_checkpoint_is_not_packed(tmp_path):
+    with pytest.raises(TrainingError, match="holds no complete checkpoint"):
+        pack(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_trained_model_learns_flips_and_packs(stories, shared, tmp_path, capsys):
+    """The KL falls to a third in 200 steps, at least 1 % of all signs flip, packing loses nothing."""
+    data, out = shared / "data" / "tinystories" / "tinystories_train_first_2MiB.txt", tmp_path / "run"
+    command = (
+        f"distill {stories} -o {out} --data {data} --max-steps 200 --sequence-length 128 --batch-size 8 --log-every 5 "
+        "--save-every 200 --learning-rate 0.003 --validation-blocks 4"
+    )
+    assert main(command.split()) == 0, capsys.readouterr().err
+    lines = [line for line in metrics(out) if "kl" in line]
+    assert lines[-1]["kl"] <= lines[0]["kl"] / 3
+    student = AutoModelForCausalLM.from_pretrained(stories)
+    start_training_(student, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
+    start = {name: layer.weight.detach() >= 0 for name, layer in binary_layers(student)}
+    student.load_state_dict(load_file(out / "checkpoint-200" / "model.safetensors"), strict=False)
+    changed = sum(int((layer.weight >= 0).ne(start[name]).sum()) for name, layer in binary_layers(student))
+    assert changed >= 0.01 * sum(signs.numel() for signs in start.values())
+    pack(out, tmp_path / "packed")
+    packed = load_any(str(tmp_path / "packed"), "float32")
+    ids = torch.randint(3, 500, (2, 32))
+    want = student.eval()(ids).logits
+    assert (packed(ids).logits - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+def test_errors_are_signbits():
+    assert issubclass(TrainingError, SignbitError)
