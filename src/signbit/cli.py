@@ -386,6 +386,10 @@ def distill(argv: Sequence[str]) -> None:
         return
     wanted = _option_value(argv, "--recipe", "")
     recipe = read_recipe(wanted) if wanted else {}
+    # One length of the run goes before the recipe's other one.
+    for flag, other in (("--max-steps", "max_minutes"), ("--max-minutes", "max_steps")):
+        if _option_value(argv, flag, ""):
+            recipe.get("train", {}).pop(other, None)
     name = _option_value(argv, "--method", recipe.get("method", "onebit"))
     method = find_method(METHODS, name).options
     field = name.replace("-", "_")
@@ -424,6 +428,8 @@ def distill(argv: Sequence[str]) -> None:
         )  # fmt: skip
     finally:
         bars.close()
+    if last is None:
+        return  # another process says it
     print(f"{last} is the last checkpoint; metrics.jsonl, loss.png and flips.png lie beside it")
     print(f"pack it: signbit pack {args.out} -o OUT")
 

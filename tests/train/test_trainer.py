@@ -1,6 +1,7 @@
 """Runs of a tiny model: what is written, what resuming gives, what is refused, and that packing loses nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -353,6 +354,53 @@ def test_a_packed_teacher_may_teach(llama_dir, text, tmp_path, capsys):
 def test_a_run_that_has_no_checkpoint_is_not_packed(tmp_path):
     with pytest.raises(TrainingError, match="holds no complete checkpoint"):
         pack(tmp_path, tmp_path / "out")
+
+
+def launched(*command):
+    """Runs signbit by torchrun or accelerate, two processes on this machine's CPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=240
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(llama_dir, text, tmp_path):
+    words = (
+        f"-m signbit distill {llama_dir} --data {text} --max-steps 6 --sequence-length 16 --batch-size 4 --log-every 1 "
+        f"--validation-blocks 2 --learning-rate 0.02 --kd-beta 0.5 --cache {tmp_path}/tokens"
+    ).split()
+    one = launched(*words[1:], "-o", f"{tmp_path}/one")
+    assert one.returncode == 0, one.stderr
+    two = launched("torch.distributed.run", "--standalone", "--nproc_per_node=2", *words, "-o", f"{tmp_path}/two")
+    assert two.returncode == 0, two.stderr
+    engines = [json.loads((tmp_path / name / RUN).read_text())["engine"] for name in ("one", "two")]
+    assert engines == [{"kind": "NO", "processes": 1}, {"kind": "MULTI_CPU", "processes": 2}]
+    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for key in ("loss", "hidden", "validation_loss"):
+            if key in line:
+                assert other[key] == pytest.approx(line[key], rel=1e-5 if line["step"] < 3 else 1e-4), (
+                    line["step"],
+                    key,
+                )
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_not_there_is_refused(llama_dir, text, tmp_path):
+    """Accelerate would fall back to DDP in silence."""
+    config = tmp_path / "fsdp.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nmixed_precision: 'no'\n"
+        "num_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
+    )
+    launch = f"accelerate.commands.launch --config_file {config} -m signbit".split()
+    words = (
+        f"distill {llama_dir} -o {tmp_path}/run --data {text} --max-steps 2 --sequence-length 16 --batch-size 4".split()
+    )
+    found = launched(*launch, *words)
+    assert found.returncode != 0 and "FSDP was asked for, but accelerate gives MULTI_CPU here" in found.stderr, (
+        found.stderr
+    )
 
 
 @pytest.mark.slow

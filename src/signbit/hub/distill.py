@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -115,10 +116,11 @@ def distill(
     cache: str | Path | None = None,
     device: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
+) -> Path | None:
     """Trains a student of `recipe.teacher` as the recipe says, in the directory `out`; returns its last checkpoint.
 
-    `resume` goes on at the newest complete checkpoint. `cache` is where token files are kept (default: out/data).
+    Of several processes the first returns it, the others None. `resume` goes on at the newest complete checkpoint. `cache`
+    is where token files are kept (default: out/data).
     Raises TrainingError for a directory that holds another run, or none to go on with, and for a run that cannot go on.
     """
     out = Path(out)
@@ -126,7 +128,9 @@ def distill(
     budget = Budget(recipe.options.max_steps, recipe.options.max_minutes)
     tokenizer = load_tokenizer(recipe.teacher)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    data, validation = _data(recipe, tokenizer, Path(cache) if cache else out / "data", data_dir, progress)
+    folder = Path(cache) if cache else out / "data"
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find what it made
+        data, validation = _data(recipe, tokenizer, folder, data_dir, progress)
     torch.manual_seed(recipe.options.seed)
     student = _dense(recipe.teacher, where, torch.float32)
     method = find_method(METHODS, recipe.config.method)
@@ -144,10 +148,12 @@ def distill(
     )
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(out / "tokenizer")
-        (out / RUN).write_text(json.dumps({**recipe.to_dict(), "report": asdict(report)}, indent=2) + "\n")
+        described = {**recipe.to_dict(), "engine": trainer.engine, "report": asdict(report)}
+        (out / RUN).write_text(json.dumps(described, indent=2) + "\n")
     trainer.run(checkpoint)
-    if trainer.is_world_process_zero():
-        plot_run(out / METRICS, out)
+    if not trainer.is_world_process_zero():
+        return None
+    plot_run(out / METRICS, out)
     last = last_checkpoint(out)
     assert last is not None
     return last

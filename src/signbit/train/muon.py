@@ -67,10 +67,24 @@ class Muon(torch.optim.Optimizer):
                 grads = [parameter.grad for parameter in some if parameter.grad is not None]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
-                updates = orthogonalized(torch.stack(list(ahead)), group["steps"])
                 size = -0.2 * max(shape) ** 0.5 * group["lr"]
-                torch._foreach_add_(list[Tensor](some), [u.to(some[0].dtype) for u in updates.unbind()], alpha=size)
+                updates = orthogonalized(torch.stack([_whole(part) for part in ahead]), group["steps"])
+                for parameter, update in zip(some, updates.unbind(), strict=True):
+                    parameter.add_(_divided(update.to(parameter.dtype), parameter), alpha=size)
         return loss
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A matrix that FSDP2 divides, gathered: what it is orthogonal to is not seen in parts."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def _divided(update: Tensor, parameter: Any) -> Tensor:
+    if not hasattr(parameter, "placements"):
+        return update
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class Together(torch.optim.Optimizer):

@@ -182,6 +182,7 @@ class DistillTrainer(Trainer):
             remove_unused_columns=False,
             ignore_data_skip=True,  # the data begins where the checkpoint ended
             use_cpu=not on_gpu,
+            ddp_find_unused_parameters=False,
             label_names=[],
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a device; never torch's DataParallel
@@ -194,6 +195,9 @@ class DistillTrainer(Trainer):
         arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = share
         super().__init__(student, arguments, train_dataset=data, eval_dataset=validation, data_collator=_stack)
         self.model_accepts_loss_kwargs = False
+        #: What divides the work, and over how many processes.
+        self.engine = {"kind": self.accelerator.distributed_type.value, "processes": self.accelerator.num_processes}
+        _check_engine(self.engine["kind"], options.optim)
         self.head = head_of(student)
         self.teacher_head: Head | None = None
         if teacher is not None:
@@ -244,7 +248,7 @@ class DistillTrainer(Trainer):
             kl_weight *= ids.shape[1]
         told = taught is not None and kl_weight > 0
         found = output_loss(
-            last.reshape(-1, last.shape[-1]), self.head,
+            last.reshape(-1, last.shape[-1]), self._head(),
             taught.hidden_states[-1].reshape(-1, taught.hidden_states[-1].shape[-1]).to(last.device) if told else None,
             self.teacher_head if told else None, labels, kl_weight, 1 - objective.kd_alpha, objective,
             compiled=self.options.compile,
@@ -273,9 +277,14 @@ class DistillTrainer(Trainer):
     def take_parts(self) -> dict[str, float]:
         """Means of the parts of the loss since they were last taken."""
         count, self._micro_steps = max(self._micro_steps, 1), 0
-        parts = {name: float(total) / count for name, total in self._parts.items()}
+        parts = {name: float(self.accelerator.reduce(total, "mean")) / count for name, total in self._parts.items()}
         self._parts = {}
         return parts
+
+    def _head(self) -> Head:
+        """The student's head with its parameters as they are now; an engine that divides them has put others there."""
+        module = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        return self.head._replace(weight=gathered(module.weight), bias=gathered(module.bias))
 
     # How it is learnt.
 
@@ -295,7 +304,7 @@ class DistillTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: self.schedule.factor(self.budget.done(step), step)
+                optimizer or self.optimizer, lambda step: self.schedule.factor(self.budget.done(step + 1), step)
             )
         return self.lr_scheduler
 
@@ -349,6 +358,28 @@ class DistillTrainer(Trainer):
             self.budget.begin()
         self.train_dataset = Subset(self._data, range(seen, len(self._data)))  # type: ignore[arg-type]
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _check_engine(kind: str, optim: str) -> None:
+    """Raises OptionError where the launch asked for another engine than there is, or Muon cannot do its step.
+
+    Accelerate falls back to DDP, in silence, for FSDP on CPUs and for a launch that does not name DeepSpeed.
+    """
+    for variable, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() == "true" and kind != wanted:
+            raise OptionError(
+                f"{wanted} was asked for, but accelerate gives {kind} here (it has no FSDP on CPUs); launch without it, "
+                "or on GPUs"
+            )
+    if kind == "DEEPSPEED" and optim == "muon":
+        raise OptionError(
+            "muon needs whole matrices, which DeepSpeed keeps in parts; use FSDP2, or --optim adamw_torch"
+        )
+
+
+def gathered(tensor: Any) -> Any:
+    """The whole of a tensor that an engine divides over devices; others, and None, as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 #: More steps than any run under a budget of minutes makes.
