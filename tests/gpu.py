@@ -18,7 +18,7 @@ PARTS = {
     "kernels": (["tests/ops"], ""),
     "laws on random inputs": (["tests/laws"], "random or int8_activations"),
     "other laws, faults": (["tests/laws", "tests/faults"], "not random and not int8_activations"),
-    "calibration and models": (["tests/hub", "tests/methods", "tests/models", "tests/ptq"], ""),
+    "calibration and models": (["tests/hub", "tests/methods", "tests/models", "tests/ptq", "tests/train"], ""),
 }
 KERNELS = ("linear", "head", "quantize", "finish", "unpack", "unpack_signs", "put_salient")
 #: What each of them is run by under a sanitizer: one and several tokens of all terms, dense products, odd sizes, heads.

@@ -49,10 +49,10 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
         main([verb, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "prompt"}
+    options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "prompt", "teacher", "run"}
     options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat") else set()
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    assert "MODEL" in out
+    assert {"distill": "TEACHER", "pack": "RUN"}.get(verb, "MODEL") in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out
 
@@ -127,7 +127,10 @@ def test_dry_run_writes_nothing_and_reads_no_weight(llama_dir, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("quantize {llama} -o {out} --method absmeen", "there is no method 'absmeen'; there are absmean, pbllm"),
+        (
+            "quantize {llama} -o {out} --method absmeen",
+            "there is no method 'absmeen'; there are absmean, onebit, pbllm",
+        ),
         ("quantize {llama}", "give -o OUT, or --dry-run"),
         ("quantize {llama} -o {llama} --overwrite", "is the source model"),
         ("quantize {tmp}/nowhere -o {out}", "there is no directory"),
@@ -200,7 +203,7 @@ def test_nan_in_the_weights_names_the_layer(llama, tokenizer, tmp_path, capsys):
 def test_unknown_verbs_and_options(llama_dir, capsys):
     code, _, err = run(capsys, "quantise x")
     assert code == 2
-    assert "there is no verb 'quantise'; there are quantize, info" in err
+    assert "there is no verb 'quantise'; there are quantize, distill" in err
     with pytest.raises(SystemExit) as stop:
         main(["quantize", llama_dir, "-o", "x", "--salient", "0.3"])
     assert stop.value.code == 2

@@ -114,6 +114,28 @@ class DistillOptions:
 
 
 @dataclass(frozen=True)
+class SelfGenerateOptions:
+    """Let a model write the text that a student of it learns from: signbit data self-generate MODEL -o DATA.tokens."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """The model that writes: the later teacher."""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DATA")]
+    """File to write, NAME.tokens; the same command goes on with an unfinished one."""
+    sequences: int = 132000
+    """Sequences (OneBit: 132000)."""
+    sequence_length: int = 2048
+    """Tokens a sequence."""
+    batch: int = 32
+    """Sequences that are written at a time."""
+    seed: int = 0
+    """Seed of first tokens and sampling."""
+    device: str = "cpu"
+    """Device of torch: cpu, cuda, cuda:1 …"""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Dtype of the model; auto is float32 on a CPU and as stored elsewhere."""
+
+
+@dataclass(frozen=True)
 class PackOptions:
     """Write a run's newest checkpoint as a packed 1-bit directory."""
 
@@ -390,6 +412,9 @@ def distill(argv: Sequence[str]) -> None:
     for flag, other in (("--max-steps", "max_minutes"), ("--max-minutes", "max_steps")):
         if _option_value(argv, flag, ""):
             recipe.get("train", {}).pop(other, None)
+    for flag in ("data", "keep"):  # they would be appended
+        if _option_value(argv, f"--{flag}", ""):
+            recipe.pop(flag, None)
     name = _option_value(argv, "--method", recipe.get("method", "onebit"))
     method = find_method(METHODS, name).options
     field = name.replace("-", "_")
@@ -432,6 +457,27 @@ def distill(argv: Sequence[str]) -> None:
         return  # another process says it
     print(f"{last} is the last checkpoint; metrics.jsonl, loss.png and flips.png lie beside it")
     print(f"pack it: signbit pack {args.out} -o OUT")
+
+
+def data(argv: Sequence[str]) -> None:
+    """`signbit data self-generate`."""
+    if not argv or argv[0] not in ("self-generate", "-h", "--help"):
+        raise OptionError("signbit data makes training text: signbit data self-generate MODEL -o DATA.tokens")
+    args = _parse("data self-generate", argv[1:] if argv[0] == "self-generate" else argv, SelfGenerateOptions)
+    from signbit.data import self_generate
+    from signbit.hub.load import load_any, load_tokenizer
+
+    _quiet()
+    model, tokenizer = load_any(args.model, args.dtype, args.device), load_tokenizer(args.model)
+    bars = _Bars()
+    try:
+        made = self_generate(
+            model, tokenizer, args.out, args.sequences, args.sequence_length, args.batch, args.seed,
+            lambda done, total: bars("writing", done, total, ""),
+        )  # fmt: skip
+    finally:
+        bars.close()
+    print(f"{made.path}: {made.documents:,} sequences, {made.tokens:,} tokens; learn from it: --data {made.path}")
 
 
 def pack(argv: Sequence[str]) -> None:
@@ -652,6 +698,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
     "distill": (distill, DistillOptions),
     "pack": (pack, PackOptions),
+    "data": (data, SelfGenerateOptions),
     "info": (info, InfoOptions),
     "eval": (evaluate, EvalOptions),
     "generate": (generate, PromptOptions),
@@ -698,6 +745,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = {
             "quantize": "; the same command goes on at the last finished block",
             "distill": "; with --resume it goes on at the last checkpoint",
+            "data": "; the same command goes on with what is written",
         }
         resume = resumes.get(argv[0], "")
         print(f"signbit: interrupted{resume}", file=sys.stderr)

@@ -64,6 +64,8 @@ _RTN = {"gptq": False, "saliency": "magnitude"}
 METHOD_CASES = {
     "absmean": ("absmean", {}),
     "absmean_g": ("absmean", {"group": 32}),
+    "onebit": ("onebit", {}),
+    "onebit_rank2": ("onebit", {"rank": 2}),
     "pbllm": ("pbllm", {"salient": 0.1}),
     "pbllm_rtn": ("pbllm", {**_RTN, "salient": 0.1}),
     "pb_gptq": ("pb-gptq", {"salient": 0.3, "group": 32}),

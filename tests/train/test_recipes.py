@@ -28,8 +28,20 @@ def test_a_recipe_runs(name, tokenizer, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(f"w{i % 61}" for i in range(4000)))
-    words = f"distill {tmp_path}/model -o {tmp_path}/run --recipe {name} --data {tmp_path}/text.txt --sequence-length 16 --batch-size 4"
-    words = [*words.split(), "--accumulation", "2", "--validation-blocks", "1", "--max-steps", "2"]
+    words = f"distill {tmp_path}/model -o {tmp_path}/run --recipe {name} --data {tmp_path}/text.txt"
+    words = [
+        *words.split(),
+        "--sequence-length",
+        "16",
+        "--batch-size",
+        "4",
+        "--accumulation",
+        "2",
+        "--validation-blocks",
+        "1",
+        "--max-steps",
+        "2",
+    ]
     recipe = read_recipe(name)
     if recipe["train"].get("compile"):
         words += ["--no-compile"]

@@ -217,6 +217,19 @@ def trainer(tmp_path, student=None, teacher=None, objective=None, data=None, **o
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
+def test_signs_flip_on_a_gpu(tmp_path, optim, compiled):
+    student, teacher = families.llama().cuda(), families.llama().cuda().bfloat16()
+    made = trainer(
+        tmp_path, student, teacher, Objective(kd_beta=0.5), learning_rate=0.02, optim=optim, compile=compiled
+    )
+    made.run()
+    assert sum(line["flips"] for line in metrics(tmp_path) if "flips" in line) > 0.005
+
+
 def test_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(OptionError, match="the teacher has 80 tokens in its vocabulary and the student 64"):
         trainer(tmp_path, teacher=families.llama(vocab_size=80))
@@ -349,6 +362,15 @@ def test_a_packed_teacher_may_teach(llama_dir, text, tmp_path, capsys):
     assert main(f"quantize {llama_dir} -o {tmp_path}/packed --method absmean".split()) == 0
     assert run(f"{tmp_path}/packed", text, tmp_path / "run", steps=2) == 0, capsys.readouterr().err
     assert main(f"pack {tmp_path}/run -o {tmp_path}/again".split()) == 0, capsys.readouterr().err
+
+
+def test_a_student_learns_from_what_its_teacher_wrote(llama_dir, tmp_path, capsys):
+    words = f"data self-generate {llama_dir} -o {tmp_path}/own.tokens --sequences 12 --sequence-length 16 --batch 5"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    assert "own.tokens: 12 sequences, 192 tokens" in capsys.readouterr().out
+    assert run(llama_dir, f"{tmp_path}/own.tokens", tmp_path / "run", steps=2) == 0, capsys.readouterr().err
+    assert main(["data", "copy"]) == 1
+    assert "signbit data self-generate MODEL -o DATA.tokens" in capsys.readouterr().err
 
 
 def test_a_run_that_has_no_checkpoint_is_not_packed(tmp_path):

@@ -146,7 +146,7 @@ def _signs(weight: Tensor, ste: str) -> Tensor:
     """sign(W), sign(0) = +1, with the slope 1 (identity), or 1.001 − tanh²(W) (OneBit): that of 0.001·W + tanh(W)."""
     signs = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
     slope = weight if ste == "identity" else 0.001 * weight + weight.tanh()
-    # What is added is exactly 0. An autograd.Function of our own lost this gradient under torch.compile (2.11, on a GPU).
+    # What is added is exactly 0. No autograd.Function: torch.compile sees through this.
     return signs + (slope - slope.detach())
 
 

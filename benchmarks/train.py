@@ -1,0 +1,141 @@
+"""Tokens per second and most memory of distilling a student beside fine-tuning the same dense model, on one GPU.
+
+    python -m benchmarks.train MODEL --json train.json       # SmolLM2-135M-Instruct, say; --profile: what kernels take
+
+Both are whole optimizer steps on the same random token blocks, the student's with the teacher's forward pass, the loss on
+hidden states and Muon; the dense model's with AdamW on the next token's cross-entropy by transformers' own loss. Nothing is
+timed unless signs flipped and the loss fell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.rows import Row, show
+from signbit.methods import METHODS
+from signbit.models import find_blocks
+from signbit.ptq import Plan
+from signbit.train import METRICS, Budget, DistillTrainer, Objective, Schedule, Trained, TrainOptions, start_training_
+
+
+def blocks(count: int, length: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(vocabulary, (length,), generator=generator)} for _ in range(count)]
+
+
+def distilling(args: argparse.Namespace) -> tuple[float, float]:
+    """Tokens per second after the first half of the steps, and the most memory in GB."""
+    student = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).cuda()
+    teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).cuda()
+    start_training_(student, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
+    data = blocks(args.steps * args.batch, args.length, student.config.vocab_size)
+    options = TrainOptions(
+        max_steps=args.steps, sequence_length=args.length, batch_size=args.batch, log_every=args.steps // 2,
+        save_every=10**6, compile=True, validation_blocks=0,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        trainer: Any = DistillTrainer(
+            student,
+            teacher,
+            Objective(kd_beta=0.5),
+            options,
+            Schedule(),
+            Budget(args.steps, None),
+            data,
+            None,
+            Path(folder),
+        )
+        trainer._save_checkpoint = lambda *rest: None
+        if args.profile:
+            trainer.add_callback(_profiling(args.steps - 5))
+        torch.cuda.reset_peak_memory_stats()
+        trainer.run()
+        first, last = (json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines())
+    if not (last["flips"] > 0 and last["loss"] < first["loss"]):
+        raise SystemExit(f"the student does not learn ({first['loss']} → {last['loss']}, {last['flips']} flips)")
+    return last["tokens_per_s"], torch.cuda.max_memory_allocated() / 1e9
+
+
+def _profiling(step: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Profiling(TrainerCallback):
+        """Prints what the kernels of the last steps take."""
+
+        profile: Any = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profile.__enter__()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            self.profile.__exit__(None, None, None)
+            events = self.profile.key_averages()
+            total = sum(event.self_device_time_total for event in events)
+            print(f"kernels of the last steps, {total / 1e3:.0f} ms:")
+            for event in sorted(events, key=lambda e: -e.self_device_time_total)[:25]:
+                print(f"{event.self_device_time_total / total:6.1%} {event.count:6} × {event.key[:110]}", flush=True)
+
+    return Profiling()
+
+
+def fine_tuning(args: argparse.Namespace) -> tuple[float, float]:
+    """The same of a plain training step of the dense model."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).cuda().train()
+    for block in find_blocks(model)[1]:
+        block.forward = torch.compile(block.forward)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    data = torch.stack([row["input_ids"] for row in blocks(args.batch, args.length, model.config.vocab_size)]).cuda()
+    torch.cuda.reset_peak_memory_stats()
+    began = 0.0
+    for step in range(args.steps):
+        if step == args.steps // 2:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=data, labels=data, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    steps = args.steps - args.steps // 2
+    rate = steps * args.batch * args.length / (time.perf_counter() - began)
+    return rate, torch.cuda.max_memory_allocated() / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    theirs, their_memory = fine_tuning(args)
+    torch.cuda.empty_cache()
+    ours, memory = distilling(args)
+    form = f"{Path(args.model).name}, {args.batch} × {args.length} tokens a step"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    show(
+        [
+            Row(f"distilling, {form}", ours, "fine-tuning", theirs, ours / theirs, "tokens/s"),
+            Row(f"memory, {form}", memory, "fine-tuning", their_memory, their_memory / memory, "GB"),
+        ],
+        args.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
