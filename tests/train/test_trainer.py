@@ -373,6 +373,22 @@ def test_a_student_learns_from_what_its_teacher_wrote(llama_dir, tmp_path, capsy
     assert "signbit data self-generate MODEL -o DATA.tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_the_start_alone_is_packed(llama_dir, tmp_path, capsys, norm):
+    """SVID without training: signs of the teacher, the best vectors for its magnitudes."""
+    assert main(f"quantize {llama_dir} -o {tmp_path}/out --method onebit --norm {norm}".split()) == 0, (
+        capsys.readouterr().err
+    )
+    packed, dense = load_any(f"{tmp_path}/out", "float32"), load_any(llama_dir, "float32")
+    name = "model.layers.1.mlp.up_proj"
+    layer, weight = packed.get_submodule(name), dense.get_submodule(name).weight
+    assert layer.norm_out == norm and torch.equal(layer.to_dense() >= 0, weight >= 0)
+    if norm == "none":
+        u, s, v = torch.linalg.svd(weight.abs())
+        best = (weight.abs() - s[0] * u[:, :1] @ v[:1]).norm()
+        assert (layer.to_dense() - weight).norm() <= 1.01 * best
+
+
 def test_a_run_that_has_no_checkpoint_is_not_packed(tmp_path):
     with pytest.raises(TrainingError, match="holds no complete checkpoint"):
         pack(tmp_path, tmp_path / "out")

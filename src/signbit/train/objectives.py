@@ -136,27 +136,19 @@ def output_loss(
     objective: Objective,
     chunk: int = CHUNK_TOKENS,
     compiled: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> OutputLoss:
     """kl_weight · mean KL + ar_weight · mean cross-entropy, the logits of at most `chunk` tokens in memory at a time.
 
     `student` and `teacher` are last hidden states [T, H]; `labels` int64 [T], −100 where there is none. The gradient for
-    hidden states and, if it is trained, the head's weight is formed with the loss, chunk by chunk.
+    hidden states and, if it is trained, the head's weight is formed with the loss, chunk by chunk. Logits are multiplied in
+    `dtype` (None: that of the hidden states), their softmax is float32.
     """
     step = _compiled_chunk() if compiled else _chunk
     total, kl, cross = _ChunkedLoss.apply(
-        student,
-        head.weight,
-        head.bias,
-        head,
-        teacher,
-        teacher_head,
-        labels,
-        kl_weight,
-        ar_weight,
-        objective,
-        chunk,
-        step,
-    )
+        student, head.weight, head.bias, head, teacher, teacher_head, labels, kl_weight, ar_weight, objective, chunk, step,
+        dtype or student.dtype,
+    )  # fmt: skip
     return OutputLoss(total, kl, cross)
 
 
@@ -213,10 +205,9 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, weight: Tensor, bias: Tensor | None, head: Head, teacher: Tensor | None,
         teacher_head: Head | None, labels: Tensor | None, kl_weight: float, ar_weight: float, objective: Objective,
-        chunk: int, step: _Chunk,
+        chunk: int, step: _Chunk, dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         device = student.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.dtype
         tokens = student.shape[0]
         counted = tokens if labels is None else int((labels >= 0).sum())
         with torch.autocast(device, enabled=False):
@@ -258,4 +249,4 @@ class _ChunkedLoss(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         weight = None if of_weight is None else (of_weight * grads[0]).to(ctx.dtypes[0])
         bias = None if of_bias is None else (of_bias * grads[0]).to(ctx.dtypes[1])
-        return of_hidden * grads[0].to(of_hidden.dtype), weight, bias, *(None,) * 9
+        return of_hidden * grads[0].to(of_hidden.dtype), weight, bias, *(None,) * 10

@@ -157,6 +157,9 @@ class DistillTrainer(Trainer):
         self._micro_steps = 0
         on_gpu = torch.cuda.is_available()
         muon = options.optim == "muon"
+        #: Blocks and head multiply in bfloat16. Not by the trainer's own setting, with which accelerate turns every output
+        #: into float32: all hidden states, here.
+        self._halves = options.precision == "bfloat16" or (options.precision == "auto" and on_gpu)
         arguments = TrainingArguments(
             output_dir=str(out),
             max_steps=options.max_steps or _ENDLESS,
@@ -168,7 +171,6 @@ class DistillTrainer(Trainer):
             weight_decay=options.weight_decay,
             optim="adamw_torch" if muon else options.optim,
             max_grad_norm=0 if muon else options.max_grad_norm,
-            bf16=options.precision == "bfloat16" or (options.precision == "auto" and on_gpu),
             **{_CHECKPOINTING: options.gradient_checkpointing},
             logging_steps=options.log_every,
             logging_nan_inf_filter=False,
@@ -208,7 +210,7 @@ class DistillTrainer(Trainer):
                     f"the teacher has {self.teacher_head.weight.shape[0]} tokens in its vocabulary and the student "
                     f"{self.head.weight.shape[0]}; they must share one tokenizer"
                 )
-        if arguments.bf16:
+        if self._halves:
             # The stream that blocks add to is in the dtype that they multiply in; norms still compute in float32.
             student.get_input_embeddings().register_forward_hook(lambda module, given, out: out.bfloat16())
         if options.compile:
@@ -231,7 +233,8 @@ class DistillTrainer(Trainer):
         how = {"input_ids": ids, "output_hidden_states": True, "use_cache": False, **_ONE_LOGIT}
         if objective.kd_gamma > 0:
             how["output_attentions"] = True
-        output = model(**how)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self._halves):
+            output = model(**how)
         taught: Any = None
         if self.teacher is not None and objective.needs_teacher:
             with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
@@ -251,6 +254,7 @@ class DistillTrainer(Trainer):
             last.reshape(-1, last.shape[-1]), self._head(),
             taught.hidden_states[-1].reshape(-1, taught.hidden_states[-1].shape[-1]).to(last.device) if told else None,
             self.teacher_head if told else None, labels, kl_weight, 1 - objective.kd_alpha, objective,
+            dtype=torch.bfloat16 if self._halves else None,
             compiled=self.options.compile,
         )  # fmt: skip
         loss, parts = found.total, {"kl": found.kl, "cross_entropy": found.cross_entropy}
@@ -350,7 +354,8 @@ class DistillTrainer(Trainer):
         if checkpoint is not None:
             state = json.loads((checkpoint / STATE).read_text())
             seen = state["step"] * self.options.batch_size
-            self.metrics.forget_after(state["step"])
+            if self.is_world_process_zero():
+                self.metrics.forget_after(state["step"])
             self.budget.begin(state["used_s"])
             if self.budget.done(state["step"]) >= 1:
                 return
