@@ -58,7 +58,7 @@ def distilling(args: argparse.Namespace) -> tuple[float, float]:
             trainer.add_callback(_profiling(args.steps - 5))
         torch.cuda.reset_peak_memory_stats()
         trainer.run()
-        first, last = (json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines())
+        first, *_, last = (json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines())
     if not (last["flips"] > 0 and last["loss"] < first["loss"]):
         raise SystemExit(f"the student does not learn ({first['loss']} → {last['loss']}, {last['flips']} flips)")
     return last["tokens_per_s"], torch.cuda.max_memory_allocated() / 1e9

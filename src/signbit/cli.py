@@ -109,8 +109,6 @@ class DistillOptions:
     """Directory of local copies of named sets in place of the hub."""
     cache: str | None = None
     """Directory in which tokenized text is kept and found again; default: RUN/data."""
-    device: str | None = None
-    """Device of student and teacher; default: a GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -448,7 +446,7 @@ def distill(argv: Sequence[str]) -> None:
     try:
         last = run(
             Recipe(args.teacher, config, args.data, args.objective, args.train, args.schedule, args.trained),
-            args.out, args.resume, args.data_dir, args.cache, args.device,
+            args.out, args.resume, args.data_dir, args.cache,
             lambda name, done, total: bars(f"tokenizing {Path(name).name}", done, total, ""),
         )  # fmt: skip
     finally:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from signbit.train import (
     Flips,
     Objective,
     Schedule,
+    States,
     Trained,
     TrainOptions,
     binary_layers,
@@ -169,7 +171,15 @@ def test_the_teacher_is_no_part_of_the_student(llama_dir, text, tmp_path):
 
 @pytest.mark.parametrize("family", families.DENSE)
 def test_the_head_of_every_family_is_known(family):
-    head_of(families.DENSE[family][0]())
+    model = families.DENSE[family][0]()
+    states = States(model)
+    head_of(model, states)
+    ids = torch.tensor([[3, 5, 7, 11]])
+    with states.listening():
+        want = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    blocks, last = states.take()
+    assert len(blocks) == len(want) - 1 and torch.equal(last, want[-1])
+    assert all(torch.equal(one, other) for one, other in zip(blocks, want, strict=False))
 
 
 @pytest.mark.parametrize("family", families.DENSE)
@@ -228,6 +238,75 @@ def test_signs_flip_on_a_gpu(tmp_path, optim, compiled):
     )
     made.run()
     assert sum(line["flips"] for line in metrics(tmp_path) if "flips" in line) > 0.005
+
+
+def test_no_gradient_for_the_latents_ends_a_run_at_its_first_step(tmp_path, monkeypatch):
+    """As torch.compile 2.11 did to an autograd function: nothing would ever flip."""
+    made = trainer(tmp_path, families.llama(), families.llama())
+    for _, layer in binary_layers(made.model):
+        monkeypatch.setattr(layer, "effective_weight", lambda layer=layer: layer.weight.detach().sign() * layer.scale.T)
+    with pytest.raises(TrainingError, match="no gradient reaches the latent matrices"):
+        made.run()
+
+
+def test_methods_have_no_autograd_function_of_their_own():
+    """torch 2.11 loses gradients of some that it compiles (pytorch issue 180642)."""
+    for path in (Path(signbit.__file__).parent / "methods").glob("*.py"):
+        assert "autograd.Function)" not in path.read_text(), path
+
+
+def test_a_parameter_that_is_no_number_is_not_saved(tmp_path):
+    made = trainer(tmp_path, families.llama(), families.llama(), save_every=2)
+    inner = made.training_step
+
+    def training_step(*args, **kwargs):
+        loss = inner(*args, **kwargs)
+        if made.state.global_step == 3:
+            next(iter(binary_layers(made.model)))[1].weight.grad.fill_(float("nan"))
+        return loss
+
+    made.training_step = training_step
+    with pytest.raises(TrainingError, match=r"after step 4 a parameter is no number; .*checkpoint-2 is the last good"):
+        made.run()
+
+
+def test_text_that_changed_is_not_gone_on_with(llama_dir, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out, steps=2) == 0
+    text.write_text(text.read_text()[::-1].replace("w", "") + " w1 w2")
+    assert run(llama_dir, text, out, "--resume", steps=2) == 1
+    assert "is another run: the text has changed since" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(llama_dir, text, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(llama_dir, text, whole) == 0
+    shutil.copytree(whole, cut)
+    for path in cut.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    assert run(llama_dir, text, cut, "--resume") == 0
+    assert metrics(cut) == metrics(whole)
+
+
+def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    clock = [0.0]
+    made = trainer(tmp_path, families.llama(), families.llama(), save_every=100)
+    made.args.max_steps = 100
+    made.budget = Budget(None, 1.0, clock=lambda: clock[0])
+    inner, rates = made.training_step, []
+
+    def training_step(*args, **kwargs):
+        clock[0] += 10.0
+        rates.append(made.optimizer.param_groups[0]["lr"])
+        return inner(*args, **kwargs)
+
+    made.training_step = training_step
+    made._data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(200)]
+    made.run()
+    # The first step, in which torch.compile works, does not count: six more take a minute.
+    assert made.state.global_step == 7
+    assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates) <= 1e-3 and rates[-1] < rates[3]
+    assert json.loads((tmp_path / "checkpoint-7" / "signbit.json").read_text()) == {"used_s": 60.0, "step": 7}
 
 
 def test_another_vocabulary_is_refused(tmp_path):

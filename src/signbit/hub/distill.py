@@ -114,7 +114,6 @@ def distill(
     resume: bool = False,
     data_dir: str | None = None,
     cache: str | Path | None = None,
-    device: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path | None:
     """Trains a student of `recipe.teacher` as the recipe says, in the directory `out`; returns its last checkpoint.
@@ -127,10 +126,13 @@ def distill(
     checkpoint = _check_run(recipe, out, resume)
     budget = Budget(recipe.options.max_steps, recipe.options.max_minutes)
     tokenizer = load_tokenizer(recipe.teacher)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(cache) if cache else out / "data"
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find what it made
         data, validation = _data(recipe, tokenizer, folder, data_dir, progress)
+    tokens = [file.path.name for file in data.files]  # which tell its content
+    if resume and (before := json.loads((out / RUN).read_text())["tokens"]) != tokens:
+        raise TrainingError(f"{out} is another run: the text has changed since ({before} there, {tokens} here)")
     torch.manual_seed(recipe.options.seed)
     student = _dense(recipe.teacher, where, torch.float32)
     method = find_method(METHODS, recipe.config.method)
@@ -148,7 +150,7 @@ def distill(
     )
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(out / "tokenizer")
-        described = {**recipe.to_dict(), "engine": trainer.engine, "report": asdict(report)}
+        described = {**recipe.to_dict(), "engine": trainer.engine, "tokens": tokens, "report": asdict(report)}
         (out / RUN).write_text(json.dumps(described, indent=2) + "\n")
     trainer.run(checkpoint)
     if not trainer.is_world_process_zero():

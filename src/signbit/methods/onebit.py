@@ -25,7 +25,7 @@ class OnebitOptions(MethodOptions):
 
     Source: OneBit (arXiv 2402.11295), eq. 4 and propositions 1 and 2; several pairs of vectors as its dead code has them.
     Differs from the paper: no LayerNorm behind the product unless asked for, and latents that keep the teacher's
-    magnitudes, both of which train better (docs/results.md).
+    magnitudes, as BinaryMoS (arXiv 2406.12311) and docs/training.md find better.
     """
 
     solver: Literal["power", "nmf"] = "power"

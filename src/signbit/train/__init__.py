@@ -1,6 +1,8 @@
 """Training: students of binary layers, what they are taught by, and the trainer."""
 
 from signbit.train.budget import Budget, Schedule
+from signbit.train.checkpoints import last_checkpoint
+from signbit.train.metrics import METRICS
 from signbit.train.muon import Muon, Together, orthogonalized
 from signbit.train.objectives import (
     Head,
@@ -11,8 +13,9 @@ from signbit.train.objectives import (
     output_loss,
     soft_cross_entropy,
 )
+from signbit.train.outputs import States, head_of
 from signbit.train.students import Flips, Packed, Trained, binary_layers, latents, pack_training_, start_training_
-from signbit.train.trainer import METRICS, DistillTrainer, TrainOptions, head_of, last_checkpoint
+from signbit.train.trainer import DistillTrainer, TrainOptions
 
 __all__ = [
     "METRICS",
@@ -24,6 +27,7 @@ __all__ = [
     "Objective",
     "Packed",
     "Schedule",
+    "States",
     "Together",
     "TrainOptions",
     "Trained",

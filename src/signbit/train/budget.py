@@ -33,7 +33,7 @@ class Schedule:
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
         elif done < self.warmup_share:
-            return done / self.warmup_share
+            return max(done / self.warmup_share, 0.01)  # of a budget of minutes nothing is used at the first step
         start = 0.0 if self.warmup_steps is not None else self.warmup_share
         along = min(max((done - start) / (1 - start), 0.0), 1.0)
         return self.last_share + (1 - self.last_share) * (1 + math.cos(math.pi * along)) / 2
@@ -55,16 +55,18 @@ class Budget:
         if max_minutes is not None and not max_minutes > 0:
             raise OptionError(f"--max-minutes is {max_minutes}; a positive number is needed")
         self.max_steps, self.max_minutes, self._clock = max_steps, max_minutes, clock
-        self._before_s, self._began = 0.0, clock()
+        self._began = clock()
+        #: Seconds that were used before `begin`, and those that are used by now, as they were last told.
+        self.before_s = self.used_s = 0.0
 
     def begin(self, before_s: float = 0.0) -> None:
         """From here on time counts, after the seconds that were used before."""
-        self._before_s, self._began = before_s, self._clock()
+        self.before_s = self.used_s = before_s
+        self._began = self._clock()
 
-    @property
-    def used_s(self) -> float:
-        """Seconds of training, those before a resumption included."""
-        return self._before_s + self._clock() - self._began
+    def measured_s(self) -> float:
+        """Seconds of training by this process's clock, those before a resumption included."""
+        return self.before_s + self._clock() - self._began
 
     def done(self, step: int) -> float:
         """Share of the budget that is used after `step` steps."""

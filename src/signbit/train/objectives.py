@@ -221,7 +221,7 @@ class _ChunkedLoss(torch.autograd.Function):
             )
             kl = cross = student.new_zeros((), dtype=torch.float32)
             factors = [
-                torch.tensor(value, dtype=torch.float32, device=student.device)
+                torch.full((), value, dtype=torch.float32, device=student.device)
                 for value in (kl_weight / max(tokens, 1), ar_weight / max(counted, 1))
             ]
             for begin in range(0, tokens, chunk):

@@ -93,31 +93,39 @@ def pack_training_(model: nn.Module, report: Report) -> Packed:
 
 
 class Flips:
-    """Which signs of the latents changed since they were last looked at."""
+    """Which signs of the latents changed since they were last looked at; of divided ones each process counts its part."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = dict(binary_layers(model))
-        self._before = self._signs()
-
-    def _signs(self) -> dict[str, Tensor]:
-        return {name: _whole(layer.weight) >= 0 for name, layer in self._layers.items()}
+        self._before: dict[str, Tensor] = {}
+        self._sizes: dict[str, float] = {}
+        self.since()
 
     @torch.no_grad()
     def since(self) -> dict[str, float]:
         """Share of the signs of each layer that changed, and from here on counts anew."""
-        now = self._signs()
-        changed = {name: (signs != self._before[name]).sum() for name, signs in now.items()}
-        counts = torch.stack(list(changed.values())).tolist() if changed else []
+        now = {name: local(layer.weight) >= 0 for name, layer in self._layers.items()}
+        if not now:
+            return {}
+        rows = []
+        for name, signs in now.items():
+            before = self._before.get(name, signs)
+            # An engine has divided it since: what it was is not known here.
+            changed = (signs != before).sum() if before.shape == signs.shape else signs.new_zeros((), dtype=torch.long)
+            rows.append(torch.stack([changed, changed.new_tensor(signs.numel())]))
+        counts = torch.stack(rows)
+        if any(hasattr(layer.weight, "placements") for layer in self._layers.values()):
+            torch.distributed.all_reduce(counts)
         self._before = now
-        return {name: count / now[name].numel() for name, count in zip(changed, counts, strict=True)}
+        self._sizes = dict(zip(now, counts[:, 1].tolist(), strict=True))
+        return dict(zip(now, (counts[:, 0] / counts[:, 1].clamp_min(1)).tolist(), strict=True))
 
     def share(self, by_layer: dict[str, float]) -> float:
         """Share of all signs, from the shares of the layers."""
-        total = sum(signs.numel() for signs in self._before.values())
-        return sum(by_layer[name] * signs.numel() for name, signs in self._before.items()) / max(total, 1)
+        return sum(by_layer[name] * size for name, size in self._sizes.items()) / max(sum(self._sizes.values()), 1)
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """A parameter that is divided over devices, as this process sees it: its own part."""
+def local(parameter: Tensor) -> Tensor:
+    """A parameter's data; of one that is divided over devices this process's own part."""
     data: Any = parameter.detach()
     return data.to_local() if hasattr(data, "to_local") else data  # type: ignore[no-any-return]

@@ -6,8 +6,6 @@ import inspect
 import json
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +15,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler, Subset
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.training_args import OptimizerNames
 
-from signbit.errors import OptionError, StructureError, TrainingError
+from signbit.errors import OptionError, TrainingError
 from signbit.methods.base import check_choice
 from signbit.models.structure import find_blocks
 from signbit.train.budget import Budget, Schedule
+from signbit.train.checkpoints import STATE, UNFINISHED, finish_checkpoint, last_checkpoint
+from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, attention_distance, hidden_distance, output_loss
-from signbit.train.students import Flips, latents
-
-METRICS, STATE = "metrics.jsonl", "signbit.json"
-_CHECKPOINT = "checkpoint-"
-_UNFINISHED = ".unfinished"
+from signbit.train.outputs import States, gathered, head_of
+from signbit.train.students import Flips, latents, local
 
 
 @dataclass(frozen=True)
@@ -98,35 +94,6 @@ class TrainOptions:
             raise OptionError(f"muon needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw_torch")
 
 
-def head_of(model: Any) -> Head:
-    """How `model` makes logits of its last hidden states, checked on a few tokens.
-
-    Raises StructureError where its output is something else than a head on those states.
-    """
-    module, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(module, nn.Linear):
-        raise StructureError(f"{type(model).__name__} has no plain linear output head, which distillation needs")
-    multiplier = 1.0
-    if getattr(config, "logit_scale", None) is not None:
-        multiplier = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None) is not None:
-        multiplier = 1 / float(config.logits_scaling)
-    head = Head(module.weight, module.bias, multiplier, getattr(config, "final_logit_softcapping", None))
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids = torch.arange(1, 5, device=module.weight.device)[None]
-        output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        got = head(output.hidden_states[-1][0])
-    model.train(was_training)
-    want = output.logits[0].float()
-    if not bool((got - want).abs().max() <= 0.02 * want.abs().max()):
-        raise StructureError(
-            f"{type(model).__name__} does not make its logits from its last hidden states in a way that is known here"
-        )
-    return head
-
-
 class DistillTrainer(Trainer):
     """transformers' Trainer for a student of binary layers and, if the objective looks at one, a teacher beside it.
 
@@ -184,6 +151,7 @@ class DistillTrainer(Trainer):
             remove_unused_columns=False,
             ignore_data_skip=True,  # the data begins where the checkpoint ended
             use_cpu=not on_gpu,
+            accelerator_config={"non_blocking": True},
             ddp_find_unused_parameters=False,
             label_names=[],
         )
@@ -200,11 +168,13 @@ class DistillTrainer(Trainer):
         #: What divides the work, and over how many processes.
         self.engine = {"kind": self.accelerator.distributed_type.value, "processes": self.accelerator.num_processes}
         _check_engine(self.engine["kind"], options.optim)
-        self.head = head_of(student)
+        self._states, self._taught = States(student), None if teacher is None else States(teacher)
+        self.head = head_of(student, self._states)
         self.teacher_head: Head | None = None
         if teacher is not None:
             teacher.eval().requires_grad_(False)
-            self.teacher_head = head_of(teacher)
+            assert self._taught is not None
+            self.teacher_head = head_of(teacher, self._taught)
             if self.teacher_head.weight.shape[0] != self.head.weight.shape[0]:
                 raise OptionError(
                     f"the teacher has {self.teacher_head.weight.shape[0]} tokens in its vocabulary and the student "
@@ -230,17 +200,19 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The objective on a batch of token ids [B, T]."""
         objective, ids = self.objective, inputs["input_ids"]
-        how = {"input_ids": ids, "output_hidden_states": True, "use_cache": False, **_ONE_LOGIT}
+        how = {"input_ids": ids, "use_cache": False, **_ONE_LOGIT}
         if objective.kd_gamma > 0:
             how["output_attentions"] = True
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self._halves):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self._halves), self._states.listening():
             output = model(**how)
-        taught: Any = None
-        if self.teacher is not None and objective.needs_teacher:
-            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-                place = next(self.teacher.parameters()).device
-                taught = self.teacher(**{**how, "input_ids": ids.to(place)})
-        last = output.hidden_states[-1]
+        ours, last = self._states.take()
+        told: list[Tensor] = []
+        taught = taught_last = None
+        if self._taught is not None and self.teacher is not None and objective.needs_teacher:
+            with torch.no_grad(), self._taught.listening():
+                taught = self.teacher(**how)
+            told, taught_last = self._taught.take()
+            taught_last = taught_last.reshape(-1, taught_last.shape[-1])
         labels = None
         if objective.kd_alpha < 1:
             labels = torch.full_like(ids, -100)
@@ -249,21 +221,18 @@ class DistillTrainer(Trainer):
         kl_weight = objective.kd_alpha * objective.kd_loss_scale
         if objective.kd_reduction == "sequence":
             kl_weight *= ids.shape[1]
-        told = taught is not None and kl_weight > 0
         found = output_loss(
-            last.reshape(-1, last.shape[-1]), self._head(),
-            taught.hidden_states[-1].reshape(-1, taught.hidden_states[-1].shape[-1]).to(last.device) if told else None,
-            self.teacher_head if told else None, labels, kl_weight, 1 - objective.kd_alpha, objective,
-            dtype=torch.bfloat16 if self._halves else None,
+            last.reshape(-1, last.shape[-1]), self._head(), taught_last if kl_weight > 0 else None,
+            self.teacher_head if kl_weight > 0 and taught is not None else None, labels, kl_weight,
+            1 - objective.kd_alpha, objective, dtype=torch.bfloat16 if self._halves else None,
             compiled=self.options.compile,
         )  # fmt: skip
         loss, parts = found.total, {"kl": found.kl, "cross_entropy": found.cross_entropy}
         if objective.kd_beta > 0 and taught is not None:
-            ours, theirs = output.hidden_states[:-1], [h.to(last.device) for h in taught.hidden_states[:-1]]
-            distance = (_compiled_distance() if self.options.compile else hidden_distance)(list(ours), theirs)
+            distance = (_compiled_distance() if self.options.compile else hidden_distance)(ours, told)
             loss, parts["hidden"] = loss + objective.kd_beta * distance, distance.detach()
         if objective.kd_gamma > 0 and taught is not None:
-            distance = attention_distance(output.attentions, [a.to(last.device) for a in taught.attentions])
+            distance = attention_distance(output.attentions, taught.attentions)
             loss, parts["attention"] = loss + objective.kd_gamma * distance, distance.detach()
         if model.training:
             self._micro_steps += 1
@@ -318,49 +287,42 @@ class DistillTrainer(Trainer):
     # What is kept.
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.out / _UNFINISHED)
+        return str(self.out / UNFINISHED)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint is complete or absent: it gets its name when all of it is on the disk."""
-        staging = self.out / _UNFINISHED
-        name = f"{_CHECKPOINT}{self.state.global_step}"
+        step, last = self.state.global_step, last_checkpoint(self.out)
+        if not all(bool(torch.isfinite(local(p)).all()) for p in self.model.parameters() if p.requires_grad):
+            kept = f"{last} is the last good checkpoint" if last else "there is no checkpoint yet"
+            raise TrainingError(f"after step {step} a parameter is no number; {kept}. Lower --learning-rate")
         try:
-            if self.args.should_save and staging.exists():
-                shutil.rmtree(staging)
+            if self.args.should_save and (self.out / UNFINISHED).exists():
+                shutil.rmtree(self.out / UNFINISHED)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                state = {"used_s": self.budget.used_s, "step": self.state.global_step}
-                (staging / name / STATE).write_text(json.dumps(state))
-                for path in (staging / name).iterdir():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-                if (self.out / name).exists():
-                    shutil.rmtree(self.out / name)
-                os.replace(staging / name, self.out / name)
-                shutil.rmtree(staging, ignore_errors=True)
+                finish_checkpoint(self.out, step, {"used_s": self.budget.used_s, "step": step})
                 rotate_checkpoints(output_dir=str(self.out), save_total_limit=self.options.keep_checkpoints)
         except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            last = last_checkpoint(self.out)
+            shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
             kept = f"{last} is complete" if last else "there is no earlier one"
             raise TrainingError(
-                f"the checkpoint of step {self.state.global_step} could not be written "
-                f"({str(error).splitlines()[0]}); {kept}. Free space, then go on with --resume"
+                f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {kept}. Free space, then "
+                "go on with --resume"
             ) from error
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Trains to the end of the budget, from `checkpoint` on if there is one."""
-        seen = 0
-        if checkpoint is not None:
-            state = json.loads((checkpoint / STATE).read_text())
-            seen = state["step"] * self.options.batch_size
-            if self.is_world_process_zero():
-                self.metrics.forget_after(state["step"])
-            self.budget.begin(state["used_s"])
-            if self.budget.done(state["step"]) >= 1:
-                return
-        else:
-            self.budget.begin()
+        state: dict[str, Any] = (
+            {"step": 0, "used_s": 0.0} if checkpoint is None else json.loads((checkpoint / STATE).read_text())
+        )
+        if self.is_world_process_zero():
+            self.metrics.forget_after(state["step"])
+        self.budget.begin(state["used_s"])
+        if self.budget.done(state["step"]) >= 1:
+            return
+        seen = state["step"] * self.options.batch_size
         self.train_dataset = Subset(self._data, range(seen, len(self._data)))  # type: ignore[arg-type]
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -382,11 +344,6 @@ def _check_engine(kind: str, optim: str) -> None:
         )
 
 
-def gathered(tensor: Any) -> Any:
-    """The whole of a tensor that an engine divides over devices; others, and None, as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 #: More steps than any run under a budget of minutes makes.
 _ENDLESS = 10_000_000
 _CHECKPOINTING = next(
@@ -406,108 +363,3 @@ def _compiled_distance() -> Callable[..., Tensor]:
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = [path for path in out.glob(f"{_CHECKPOINT}*") if (path / STATE).is_file()]
-    return max(found, key=lambda path: int(path.name.removeprefix(_CHECKPOINT)), default=None)
-
-
-class Metrics(TrainerCallback):
-    """Stops at the end of the budget, and writes what is measured: one JSON object a line, and a progress bar.
-
-    What does not depend on the machine's speed comes first in a line and is the same when a run is resumed.
-    """
-
-    def __init__(self, trainer: DistillTrainer) -> None:
-        self._trainer = trainer
-        self._path = trainer.out / METRICS
-        self._bar: Any = None
-        self._last: tuple[int, float] | None = None
-        self._warned = False
-
-    def forget_after(self, step: int) -> None:
-        """Takes the lines of steps after `step` away, which will be made again."""
-        if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self._path.write_text("".join(f"{line}\n" for line in lines))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        budget = self._trainer.budget
-        self._trainer.flips.since()  # from the signs on that a checkpoint brought
-        self._last = (state.global_step, time.monotonic())
-        if state.is_world_process_zero:
-            total = budget.max_steps if budget.max_minutes is None else round(60 * budget.max_minutes)
-            unit = "step" if budget.max_minutes is None else "s"
-            self._bar = tqdm(total=total, unit=unit, file=sys.stderr, disable=None, initial=self._done(state))
-            self._bar.set_description("training")
-
-    def _done(self, state: Any) -> int:
-        budget = self._trainer.budget
-        if budget.max_minutes is None:
-            return int(state.global_step)
-        return min(round(budget.used_s), round(60 * budget.max_minutes))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.budget.done(state.global_step) >= 1:
-            control.should_training_stop = control.should_save = True
-            control.should_evaluate = self._trainer.eval_dataset is not None
-        if control.should_save:
-            control.should_log = True  # so that the means begin anew there, resumed or not
-        if self._bar is not None:
-            self._bar.update(self._done(state) - self._bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        trainer, now = self._trainer, time.monotonic()
-        by_layer = trainer.flips.since()
-        parts = trainer.take_parts()
-        if not all(map(_is_number, (logs["loss"], *parts.values()))):
-            last = last_checkpoint(trainer.out)
-            kept = f"{last} is the last good checkpoint" if last else "there is no checkpoint yet"
-            raise TrainingError(
-                f"the loss of step {state.global_step} is no number; {kept}. Lower --learning-rate or --kd-gamma, then go "
-                "on with --resume"
-            )
-        step, began = self._last or (0, now)
-        tokens = trainer.options.batch_size * trainer.options.sequence_length
-        rate = (state.global_step - step) * tokens / max(now - began, 1e-9)
-        self._last = (state.global_step, now)
-        line: dict[str, Any] = {"step": state.global_step, "loss": logs["loss"], **parts}
-        line |= {"learning_rate": logs["learning_rate"], "flips": trainer.flips.share(by_layer)}
-        norm = getattr(trainer.optimizer, "grad_norm", None) if trainer.optimizer is not None else None
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        norm = logs.get("grad_norm", getattr(optimizer, "grad_norm", norm))
-        if norm is not None:
-            line["grad_norm"] = float(norm)
-        line |= {"tokens": state.global_step * tokens, "flips_by_layer": by_layer}
-        line |= {"tokens_per_s": rate, "used_s": trainer.budget.used_s}
-        logs |= {"flips": line["flips"], "tokens_per_s": rate, **parts}
-        if state.is_world_process_zero:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {line['loss']:.4g}, flips {line['flips']:.2%}, {rate:,.0f} tokens/s")
-        late = state.global_step >= 5 * trainer.options.log_every
-        if late and not self._warned and line["flips"] == 0 and logs["learning_rate"] > 0:
-            self._warned = True
-            print(
-                f"WARNING: not one sign changed in the last {trainer.options.log_every} steps; what is trained will pack to "
-                "the start. Raise --learning-rate, or lower --latent-size",
-                file=sys.stderr,
-            )
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if metrics and state.is_world_process_zero:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "validation_loss": metrics["eval_loss"]}) + "\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _is_number(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

@@ -1,0 +1,34 @@
+"""The checkpoints of a run: complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+#: What a checkpoint has when it is complete: how much of the budget was used.
+STATE = "signbit.json"
+UNFINISHED = ".unfinished"
+_PREFIX = "checkpoint-"
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = [path for path in out.glob(f"{_PREFIX}*") if (path / STATE).is_file()]
+    return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+
+
+def finish_checkpoint(out: Path, step: int, state: dict[str, Any]) -> None:
+    """Gives the checkpoint of `step`, written under UNFINISHED, its name, when all of it is on the disk."""
+    made, final = out / UNFINISHED / f"{_PREFIX}{step}", out / f"{_PREFIX}{step}"
+    (made / STATE).write_text(json.dumps(state), encoding="utf-8")
+    for path in made.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(made, final)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
