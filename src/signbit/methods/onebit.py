@@ -25,7 +25,7 @@ class OnebitOptions(MethodOptions):
 
     Source: OneBit (arXiv 2402.11295), eq. 4 and propositions 1 and 2; several pairs of vectors as its dead code has them.
     Differs from the paper: no LayerNorm behind the product unless asked for, and latents that keep the teacher's
-    magnitudes, as BinaryMoS (arXiv 2406.12311) and docs/training.md find better.
+    magnitudes, which trains better (BinaryMoS; the table of docs/training.md names both forms).
     """
 
     solver: Literal["power", "nmf"] = "power"
