@@ -1,5 +1,6 @@
 """Small models and tokenizers that the tests make, and ../shared where it is there."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_are_not_searched_again():
+    """Quantizing collects garbage at each block; in this process that would go through all that other tests imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
