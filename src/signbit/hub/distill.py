@@ -200,11 +200,9 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
     method = find_method(METHODS, config.method)
     with torch.no_grad():
         report = start_training_(model, method, config.plan, Trained())
-    state = (
-        load_file(checkpoint / "model.safetensors")
-        if (checkpoint / "model.safetensors").is_file()
-        else _shards(checkpoint)
-    )
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):  # one, or shards
+        state |= load_file(path)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -227,10 +225,3 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
         overwrite,
     )
     return path, packed.zeros
-
-
-def _shards(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        state |= load_file(path)
-    return state

@@ -1,7 +1,7 @@
 #!/bin/bash
-# sbatch launch/slurm_2x8.sh TEACHER RUN --recipe onebit-llama-7b ...
+# sbatch launch/slurm.sh TEACHER RUN --recipe onebit-llama-7b ...       two nodes: sbatch --nodes 2 launch/slurm.sh ...
 #SBATCH --job-name=signbit
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
@@ -17,7 +17,7 @@ resume=()
 [ -f "$run/run.json" ] && resume=(--resume)
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 bash -c "accelerate launch --config_file launch/fsdp2_2x8.yaml \
+srun --kill-on-bad-exit=1 bash -c "accelerate launch --config_file launch/fsdp2_${SLURM_JOB_NUM_NODES}x8.yaml \
   --main_process_ip $head --main_process_port 29500 --machine_rank \$SLURM_NODEID \
   -m signbit distill '$teacher' -o '$run' ${resume[*]:-} $*" &
 wait $!
