@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.rows import Row, show
 from signbit.methods import METHODS
-from signbit.models import find_blocks
+from signbit.models.structure import find_blocks
 from signbit.ptq import Plan
 from signbit.train import METRICS, Budget, DistillTrainer, Objective, Schedule, Trained, TrainOptions, start_training_
 

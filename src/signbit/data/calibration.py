@@ -13,7 +13,8 @@ from torch import Tensor
 
 from signbit.data.sources import SETS, Text, TextSet, read_set, read_text_file
 from signbit.data.tokens import document_windows, running_windows, tokens
-from signbit.errors import DataError, OptionError, WeightError
+from signbit.data.writing import continued
+from signbit.errors import DataError, OptionError
 
 #: Called with (windows made, windows in all).
 Progress = Callable[[int, int], None]
@@ -125,23 +126,7 @@ def self_generated(
         count = min(batch, options.samples - len(rows))
         first = torch.randint(vocabulary, (count, 1), generator=generator)
         greedy = int(torch.randint(3, 6, (1,), generator=generator))
-        rows.extend(_write(model, first.to(device), greedy, options.sequence_length, generator))
+        rows.extend(continued(model, first.to(device), greedy, options.sequence_length, generator))
         if progress is not None:
             progress(len(rows), options.samples)
     return torch.stack(rows)
-
-
-def _write(model: Any, ids: Tensor, greedy: int, length: int, generator: torch.Generator) -> list[Tensor]:
-    """Continues each row of `ids` to `length` tokens; the draw is on the CPU, so that a seed means the same anywhere."""
-    cache, step = None, ids
-    while ids.shape[1] < length:
-        output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()
-        if not bool(logits.isfinite().all()):
-            raise WeightError("the model's logits are NaN or infinite, so that it cannot write text; repair the model")
-        if ids.shape[1] <= greedy:
-            step = logits.argmax(dim=-1, keepdim=True)
-        else:
-            step = torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=generator).to(ids.device)
-        ids = torch.cat([ids, step], dim=1)
-    return list(ids.cpu())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from signbit.data.calibration import Progress, _write
+from signbit.data.calibration import Progress
 from signbit.data.corpus import TOKENS
 from signbit.data.tokenfile import (
     TokenFile,
@@ -29,6 +29,7 @@ from signbit.data.tokenfile import (
     write_description,
     write_json,
 )
+from signbit.data.writing import continued
 from signbit.errors import DataError, OptionError
 
 
@@ -94,7 +95,7 @@ def _batch(model: Any, count: int, length: int, vocabulary: int, seed: int, numb
     first = torch.randint(vocabulary, (count, 1), generator=generator)
     greedy = int(torch.randint(3, 6, (1,), generator=generator))
     with _evaluating(model):
-        rows = _write(model, first.to(next(model.parameters()).device), greedy, length, generator)
+        rows = continued(model, first.to(next(model.parameters()).device), greedy, length, generator)
     return torch.stack(rows).numpy()
 
 

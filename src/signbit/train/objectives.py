@@ -16,6 +16,7 @@ from torch import Tensor
 
 from signbit.errors import OptionError
 from signbit.methods.base import check_choice
+from signbit.train.compiling import compiled_once
 
 #: Tokens whose logits are in memory at a time.
 CHUNK_TOKENS = 8192
@@ -34,6 +35,8 @@ class Objective:
     """Weight of the loss on the teacher's distribution (OneBit: 0.01 with --kd-reduction sequence)."""
     kd_beta: float = 0.0
     """Weight of the loss on hidden states: sum over layers of the squared distance of normalized states."""
+    kd_beta_last: float | None = None
+    """Weight of the same at the end of the budget, to which it falls (or rises) linearly; kd_beta itself if not given."""
     kd_gamma: float = 0.0
     """Weight of the loss on attention probabilities; the paper found that it gives NaN. Needs eager attention."""
     kd_reduction: Literal["token", "sequence"] = "token"
@@ -48,13 +51,27 @@ class Objective:
         check_choice("kd_direction", self.kd_direction, ("forward", "reverse", "mixed"))
         if not 0 <= self.kd_alpha <= 1:
             raise OptionError(f"kd_alpha is {self.kd_alpha}; it is a share, from 0 to 1")
+        for name in ("kd_loss_scale", "kd_beta", "kd_beta_last", "kd_gamma"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise OptionError(f"{name} is {value}; a weight is 0 or more")
         if not self.kd_temperature > 0:
             raise OptionError(f"kd_temperature is {self.kd_temperature}; a positive number is needed")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any part of the loss looks at a teacher."""
-        return self.kd_alpha * self.kd_loss_scale > 0 or self.kd_beta > 0 or self.kd_gamma > 0
+        return self.kd_alpha * self.kd_loss_scale > 0 or self.looks_at_hidden or self.kd_gamma > 0
+
+    @property
+    def looks_at_hidden(self) -> bool:
+        """Whether hidden states are compared at any time of a run."""
+        return self.kd_beta > 0 or bool(self.kd_beta_last)
+
+    def hidden_weight(self, done: float) -> float:
+        """kd_beta where the share `done` of the budget is used."""
+        last = self.kd_beta if self.kd_beta_last is None else self.kd_beta_last
+        return self.kd_beta + (last - self.kd_beta) * min(done, 1.0)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, direction: str = "forward", temperature: float = 1.0) -> Tensor:
@@ -144,7 +161,7 @@ def output_loss(
     hidden states and, if it is trained, the head's weight is formed with the loss, chunk by chunk. Logits are multiplied in
     `dtype` (None: that of the hidden states), their softmax is float32.
     """
-    step = _compiled_chunk() if compiled else _chunk
+    step = compiled_once(_chunk) if compiled else _chunk
     total, kl, cross = _ChunkedLoss.apply(
         student, head.weight, head.bias, head, teacher, teacher_head, labels, kl_weight, ar_weight, objective, chunk, step,
         dtype or student.dtype,
@@ -191,13 +208,6 @@ def _chunk(
 
 
 _Chunk = Callable[..., tuple[Tensor, Tensor, Tensor]]
-_compiled: list[_Chunk] = []
-
-
-def _compiled_chunk() -> _Chunk:
-    if not _compiled:
-        _compiled.append(torch.compile(_chunk, dynamic=False))
-    return _compiled[0]
 
 
 class _ChunkedLoss(torch.autograd.Function):

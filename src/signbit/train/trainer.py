@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from signbit.methods.base import check_choice
 from signbit.models.structure import find_blocks
 from signbit.train.budget import Budget, Schedule
 from signbit.train.checkpoints import STATE, UNFINISHED, finish_checkpoint, last_checkpoint
+from signbit.train.compiling import compiled, compiled_once
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, attention_distance, hidden_distance, output_loss
@@ -187,7 +187,7 @@ class DistillTrainer(Trainer):
             for model in (student, teacher):
                 if model is not None:
                     for block in find_blocks(model)[1]:
-                        block.forward = torch.compile(block.forward)
+                        block.forward = compiled(block.forward)
         self.flips = Flips(student)
         self.metrics = Metrics(self)
         self.remove_callback(PrinterCallback)
@@ -228,9 +228,10 @@ class DistillTrainer(Trainer):
             compiled=self.options.compile,
         )  # fmt: skip
         loss, parts = found.total, {"kl": found.kl, "cross_entropy": found.cross_entropy}
-        if objective.kd_beta > 0 and taught is not None:
-            distance = (_compiled_distance() if self.options.compile else hidden_distance)(ours, told)
-            loss, parts["hidden"] = loss + objective.kd_beta * distance, distance.detach()
+        if objective.looks_at_hidden and taught is not None:
+            distance = (compiled_once(hidden_distance) if self.options.compile else hidden_distance)(ours, told)
+            weight = objective.hidden_weight(self.budget.done(self.state.global_step))
+            loss, parts["hidden"] = loss + weight * distance, distance.detach()
         if objective.kd_gamma > 0 and taught is not None:
             distance = attention_distance(output.attentions, taught.attentions)
             loss, parts["attention"] = loss + objective.kd_gamma * distance, distance.detach()
@@ -352,13 +353,6 @@ _CHECKPOINTING = next(
     if name in inspect.signature(TrainingArguments).parameters
 )
 _ONE_LOGIT = {"logits_to_keep": 1}
-_distance: list[Callable[..., Tensor]] = []
-
-
-def _compiled_distance() -> Callable[..., Tensor]:
-    if not _distance:
-        _distance.append(torch.compile(hidden_distance))
-    return _distance[0]
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
