@@ -240,6 +240,29 @@ def test_signs_flip_on_a_gpu(tmp_path, optim, compiled):
     assert sum(line["flips"] for line in metrics(tmp_path) if "flips" in line) > 0.005
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_step_is_the_step(tmp_path, compiled):
+    """In float32 and with a weight that changes, so that a graph that kept the first one would differ."""
+    data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(16)]
+    lines = []
+    for cuda_graph in (False, True):
+        out = tmp_path / str(cuda_graph)
+        out.mkdir()
+        torch.manual_seed(1)
+        student, teacher = families.llama().cuda(), families.llama().cuda()
+        objective = Objective(kd_alpha=0.9, kd_beta=2.0, kd_beta_last=0.0)
+        how = {"learning_rate": 0.005, "precision": "float32", "compile": compiled, "max_steps": 8}
+        trainer(out, student, teacher, objective, data, cuda_graph=cuda_graph, **how).run()
+        lines.append([line for line in metrics(out) if "loss" in line])
+    assert len(lines[0]) == len(lines[1]) == 8
+    for plain, captured in zip(*lines, strict=True):
+        for name in ("loss", "kl", "cross_entropy", "hidden", "flips", "grad_norm"):
+            assert captured[name] == pytest.approx(plain[name], rel=2e-3, abs=1e-4), (plain["step"], name)
+    assert sum(line["flips"] for line in lines[1]) > 0.005
+
+
 def test_no_gradient_for_the_latents_ends_a_run_at_its_first_step(tmp_path, monkeypatch):
     """As torch.compile 2.11 did to an autograd function: nothing would ever flip."""
     made = trainer(tmp_path, families.llama(), families.llama())

@@ -219,7 +219,6 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         device = student.device.type
         tokens = student.shape[0]
-        counted = tokens if labels is None else int((labels >= 0).sum())
         with torch.autocast(device, enabled=False):
             matrix = weight.detach().to(dtype)
             ours = Head(matrix, None if bias is None else bias.detach(), head.multiplier, head.cap)
@@ -230,10 +229,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
             )
             kl = cross = student.new_zeros((), dtype=torch.float32)
-            factors = [
-                torch.full((), value, dtype=torch.float32, device=student.device)
-                for value in (kl_weight / max(tokens, 1), ar_weight / max(counted, 1))
-            ]
+            # Tensors on its device: numbers would be compiled in, or copied at each step.
+            one = torch.ones((), dtype=torch.float32, device=student.device)
+            counted = one if labels is None else (labels >= 0).sum().clamp_min(1).float()
+            factors = one * (kl_weight / max(tokens, 1)), ar_weight / counted
             for begin in range(0, tokens, chunk):
                 part = slice(begin, begin + chunk)
                 hidden = student[part].detach().to(dtype)
@@ -250,7 +249,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     of_bias += grad.sum(0)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        kl, cross = kl / max(tokens, 1), cross / max(counted, 1)
+        kl, cross = kl / max(tokens, 1), cross / counted
         ctx.mark_non_differentiable(kl, cross)
         return kl_weight * kl + ar_weight * cross, kl.clone(), cross.clone()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from signbit.errors import StructureError
 from signbit.models.structure import find_blocks
@@ -44,7 +45,8 @@ class States:
         """Notes the states of the forward pass inside."""
         self.blocks, self.last, self._listening = [], None, True
         try:
-            yield
+            with _one_sequence_a_row():
+                yield
         finally:
             self._listening = False
 
@@ -54,6 +56,23 @@ class States:
         self.blocks, self.last = [], None
         assert last is not None
         return blocks, last
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Keeps transformers from looking at the positions for several sequences in a row, of which blocks have none.
+
+    It waits for the GPU to see what it finds: twice a step, in which nothing is launched meanwhile.
+    """
+    look = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if look is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def head_of(model: Any, states: States) -> Head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -23,6 +24,7 @@ from signbit.errors import OptionError, TrainingError
 from signbit.methods.base import check_choice
 from signbit.models.structure import find_blocks
 from signbit.train.budget import Budget, Schedule
+from signbit.train.captured import CapturedStep
 from signbit.train.checkpoints import STATE, UNFINISHED, finish_checkpoint, last_checkpoint
 from signbit.train.compiling import compiled, compiled_once
 from signbit.train.metrics import Metrics
@@ -62,6 +64,9 @@ class TrainOptions:
     """What is multiplied in: auto is bfloat16 on a GPU, float32 on a CPU. Latents and optimizers stay float32."""
     compile: bool = False
     """Compile each block by torch.compile."""
+    cuda_graph: bool = False
+    """Capture forward and backward pass in one CUDA graph (one GPU, no accumulation): a small model's kernels are shorter
+    than what Python takes to launch them."""
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping what it computed."""
     log_every: int = 10
@@ -90,6 +95,12 @@ class TrainOptions:
         known = [name.value for name in OptimizerNames]
         if self.optim != "muon" and self.optim not in known:
             raise OptionError(f"--optim is {self.optim!r}; muon and transformers' are allowed: {', '.join(known)}")
+        if self.cuda_graph and (self.accumulation > 1 or self.gradient_checkpointing):
+            raise OptionError(
+                "--cuda-graph goes with neither --accumulation nor --gradient-checkpointing; leave it out"
+            )
+        if self.cuda_graph and not torch.cuda.is_available():
+            raise OptionError("--cuda-graph needs a CUDA device, and there is none here; leave it out")
         if self.optim == "muon" and not hasattr(torch.optim, "Muon"):
             raise OptionError(f"muon needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw_torch")
 
@@ -122,6 +133,7 @@ class DistillTrainer(Trainer):
         self._data = data
         self._parts: dict[str, Tensor] = {}
         self._micro_steps = 0
+        self._captured: CapturedStep | None = None
         on_gpu = torch.cuda.is_available()
         muon = options.optim == "muon"
         #: Blocks and head multiply in bfloat16. Not by the trainer's own setting, with which accelerate turns every output
@@ -168,6 +180,10 @@ class DistillTrainer(Trainer):
         #: What divides the work, and over how many processes.
         self.engine = {"kind": self.accelerator.distributed_type.value, "processes": self.accelerator.num_processes}
         _check_engine(self.engine["kind"], options.optim)
+        if options.cuda_graph and self.engine["processes"] > 1:
+            raise OptionError(
+                f"--cuda-graph is for one GPU, and this launch has {self.engine['processes']}; leave it out"
+            )
         self._states, self._taught = States(student), None if teacher is None else States(teacher)
         self.head = head_of(student, self._states)
         self.teacher_head: Head | None = None
@@ -199,7 +215,15 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective on a batch of token ids [B, T]."""
-        objective, ids = self.objective, inputs["input_ids"]
+        weight = self.objective.hidden_weight(self.budget.done(self.state.global_step))
+        loss, parts = self._losses(model, inputs["input_ids"], weight)
+        if model.training:
+            self._note(parts)
+        return (loss, parts) if return_outputs else loss
+
+    def _losses(self, model: nn.Module, ids: Tensor, hidden_weight: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with its gradient, and its parts without."""
+        objective = self.objective
         how = {"input_ids": ids, "use_cache": False, **_ONE_LOGIT}
         if objective.kd_gamma > 0:
             how["output_attentions"] = True
@@ -230,16 +254,29 @@ class DistillTrainer(Trainer):
         loss, parts = found.total, {"kl": found.kl, "cross_entropy": found.cross_entropy}
         if objective.looks_at_hidden and taught is not None:
             distance = (compiled_once(hidden_distance) if self.options.compile else hidden_distance)(ours, told)
-            weight = objective.hidden_weight(self.budget.done(self.state.global_step))
-            loss, parts["hidden"] = loss + weight * distance, distance.detach()
+            loss, parts["hidden"] = loss + hidden_weight * distance, distance
         if objective.kd_gamma > 0 and taught is not None:
             distance = attention_distance(output.attentions, taught.attentions)
-            loss, parts["attention"] = loss + objective.kd_gamma * distance, distance.detach()
-        if model.training:
-            self._micro_steps += 1
-            for name, value in parts.items():
-                self._parts[name] = self._parts.get(name, 0) + value.detach()
-        return (loss, parts) if return_outputs else loss
+            loss, parts["attention"] = loss + objective.kd_gamma * distance, distance
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def _note(self, parts: dict[str, Tensor]) -> None:
+        self._micro_steps += 1
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0) + value
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if not self.options.cuda_graph:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        model.train()
+        ids = self._prepare_inputs(inputs)["input_ids"]
+        if self._captured is None:
+            self._captured = CapturedStep(functools.partial(self._losses, model), model.parameters(), ids)
+        weight = self.objective.hidden_weight(self.budget.done(self.state.global_step))
+        loss, parts = self._captured(ids, weight)
+        self._note(parts)
+        return loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
