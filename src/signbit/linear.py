@@ -515,6 +515,11 @@ class BinaryLinear(nn.Module, ABC):
     def start(cls, weight: Tensor, bias: Tensor | None, options: Any) -> BinaryLinear:
         """The layer that training starts with in the place of a dense one: `weight` float [N, K], a method's `options`."""
 
+    @classmethod
+    def blank(cls, weight: Tensor, bias: Tensor | None, options: Any) -> BinaryLinear:
+        """The same with parameters that a checkpoint will fill: `weight` may be on the meta device, and is not looked at."""
+        return cls.start(weight, bias, options)
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """y = x · W̃ᵀ + bias with the binarized W̃, differentiable in the latent weight (straight-through)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, init_empty_weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -196,14 +196,14 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
         raise TrainingError(f"{run} holds no complete checkpoint; give the directory of a run of signbit distill")
     settings = json.loads((run / RUN).read_text())
     config = _config(settings["config"])
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
     method = find_method(METHODS, config.method)
-    with torch.no_grad():
-        report = start_training_(model, method, config.plan, Trained())
+    with init_empty_weights(), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+        report = start_training_(model, method, config.plan, Trained(), blank=True)
     state: dict[str, torch.Tensor] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):  # one, or shards
         state |= load_file(path)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if unexpected or (missing := [name for name in missing if name not in tied]):

@@ -181,6 +181,13 @@ class OnebitLinear(BinaryLinear):
             latent = size * (options.latent_size / size.abs().mean().clamp_min(torch.finfo(torch.float32).tiny))
         return cls(latent, h, g, bias, options)
 
+    @classmethod
+    def blank(cls, weight: Tensor, bias: Tensor | None, options: MethodOptions) -> OnebitLinear:
+        assert isinstance(options, OnebitOptions)
+        rows, columns = weight.shape
+        h, g = (weight.new_empty(options.rank, size, dtype=torch.float32) for size in (rows, columns))
+        return cls(weight.float(), h, g, bias, options)
+
     def train_parts_(self) -> None:
         self.requires_grad_(True)
         self.scale.requires_grad_(self.options.vectors != "columns")

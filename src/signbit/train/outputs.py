@@ -60,19 +60,20 @@ class States:
 
 @contextmanager
 def _one_sequence_a_row() -> Iterator[None]:
-    """Keeps transformers from looking at the positions for several sequences in a row, of which blocks have none.
+    """Keeps transformers from looking at positions and masks on the GPU for what blocks of text do not have.
 
-    It waits for the GPU to see what it finds: twice a step, in which nothing is launched meanwhile.
+    It looks for several sequences in a row, and waits for the GPU to see what it finds, twice a step, in which nothing is
+    launched meanwhile; and where a CUDA graph is captured it makes a mask, with which attention is several times slower.
     """
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:
-        yield
-        return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    replaced = {"find_packed_sequence_indices": lambda positions: None, "is_tracing": lambda *tensors: False}
+    before = {name: getattr(masking_utils, name) for name in replaced if hasattr(masking_utils, name)}
+    for name in before:
+        setattr(masking_utils, name, replaced[name])
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
+        for name, function in before.items():
+            setattr(masking_utils, name, function)
 
 
 def head_of(model: Any, states: States) -> Head:

@@ -26,23 +26,26 @@ class Trained:
     """Also train the embeddings, and the output head if it is another tensor."""
 
 
-def start_training_(model: nn.Module, method: Method, plan: ptq.Plan, trained: Trained) -> Report:
+def start_training_(model: nn.Module, method: Method, plan: ptq.Plan, trained: Trained, blank: bool = False) -> Report:
     """Puts the method's trainable layer in the place of each linear of the blocks, in place; returns what was done.
 
-    Latents are float32 whatever the model's dtype. Raises StructureError and OptionError as `quantize_` does, and
+    Latents are float32 whatever the model's dtype. `blank` leaves the layers to be filled by a checkpoint; the model may
+    then be on the meta device. Raises StructureError and OptionError as `quantize_` does, and
     OptionError for a method that has no trainable layer.
     """
     if method.layer is None:
         raise OptionError("this method has no layer that is trained; it is calibrated, see signbit quantize")
     split_experts_(model, plan.selection)
     structure = ptq.find_targets(model, plan)
-    for name, parameter in model.named_parameters():
-        ptq.check_finite(name, parameter)
+    if not blank:
+        for name, parameter in model.named_parameters():
+            ptq.check_finite(name, parameter)
+    make = method.layer.blank if blank else method.layer.start
     decisions = []
     for target in structure.targets:
         weight, bias = linear_parts(model.get_submodule(target.name))
         try:
-            layer = method.layer.start(weight.detach().float(), bias, plan.options_of(target.name))
+            layer = make(weight.detach().float(), bias, plan.options_of(target.name))
         except SignbitError as error:
             raise type(error)(f"{target.name}: {error}") from error
         set_module(model, target.name, layer)
