@@ -98,8 +98,16 @@ class Together(torch.optim.Optimizer):
         self.optimizers, self.max_norm = tuple(optimizers), max_norm
         self.grad_norm: Tensor | None = None
         super().__init__([p for o in self.optimizers for g in o.param_groups for p in g["params"]], {})
-        # The very groups of the parts, so that a schedule that sets a learning rate here sets it there.
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        """The very groups and state of this are those of the parts: what a schedule, a checkpoint or an engine that divides
+        parameters puts here is there."""
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            optimizer.state = self.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
@@ -110,14 +118,6 @@ class Together(torch.optim.Optimizer):
             optimizer.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        super().load_state_dict(state_dict)
+        self._share()
