@@ -43,6 +43,7 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget = self._trainer.budget
+        self._trainer.check_wrapped()
         self._trainer.flips.since()  # from the signs on that a checkpoint brought
         self._last = (state.global_step, time.monotonic())
         if state.is_world_process_zero:
@@ -59,7 +60,7 @@ class Metrics(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends a run at its first step if nothing reaches the latents, whose signs would never change."""
-        if self._looked:
+        if self._looked or self._trainer.engine["kind"] == "DEEPSPEED":  # which has taken the gradients away by then
             return
         self._looked = True
         matrices = [parameter for parameter in latents(self._trainer.model) if parameter.requires_grad]

@@ -102,8 +102,3 @@ def head_of(model: Any, states: States) -> Head:
             f"{type(model).__name__} does not make its logits from its last hidden states in a way that is known here"
         )
     return head
-
-
-def gathered(tensor: Any) -> Any:
-    """The whole of a tensor that an engine divides over devices; others, and None, as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from signbit.errors import OptionError, SignbitError
 from signbit.linear import BinaryLinear
 from signbit.methods.base import Method
 from signbit.models import Decision, Report, linear_parts, set_module, split_experts_
+from signbit.train.divided import is_divided, local
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Flips:
             changed = (signs != before).sum() if before.shape == signs.shape else signs.new_zeros((), dtype=torch.long)
             rows.append(torch.stack([changed, changed.new_tensor(signs.numel())]))
         counts = torch.stack(rows)
-        if any(hasattr(layer.weight, "placements") for layer in self._layers.values()):
+        if any(is_divided(layer.weight) for layer in self._layers.values()):
             torch.distributed.all_reduce(counts)
         self._before = now
         self._sizes = dict(zip(now, counts[:, 1].tolist(), strict=True))
@@ -126,9 +126,3 @@ class Flips:
     def share(self, by_layer: dict[str, float]) -> float:
         """Share of all signs, from the shares of the layers."""
         return sum(by_layer[name] * size for name, size in self._sizes.items()) / max(sum(self._sizes.values()), 1)
-
-
-def local(parameter: Tensor) -> Tensor:
-    """A parameter's data; of one that is divided over devices this process's own part."""
-    data: Any = parameter.detach()
-    return data.to_local() if hasattr(data, "to_local") else data  # type: ignore[no-any-return]

@@ -27,11 +27,12 @@ from signbit.train.budget import Budget, Schedule
 from signbit.train.captured import CapturedStep
 from signbit.train.checkpoints import STATE, UNFINISHED, finish_checkpoint, last_checkpoint
 from signbit.train.compiling import compiled, compiled_once
+from signbit.train.divided import local, whole
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, attention_distance, hidden_distance, output_loss
-from signbit.train.outputs import States, gathered, head_of
-from signbit.train.students import Flips, latents, local
+from signbit.train.outputs import States, head_of
+from signbit.train.students import Flips, latents
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,11 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         #: What divides the work, and over how many processes.
         self.engine = {"kind": self.accelerator.distributed_type.value, "processes": self.accelerator.num_processes}
-        _check_engine(self.engine["kind"], options.optim)
+        trains_head = any(
+            e is not None and e.weight.requires_grad
+            for e in (student.get_input_embeddings(), student.get_output_embeddings())
+        )
+        _check_engine(self.engine["kind"], options.optim, trains_head)
         if options.cuda_graph and self.engine["processes"] > 1:
             raise OptionError(
                 f"--cuda-graph is for one GPU, and this launch has {self.engine['processes']}; leave it out"
@@ -295,7 +300,7 @@ class DistillTrainer(Trainer):
     def _head(self) -> Head:
         """The student's head with its parameters as they are now; an engine that divides them has put others there."""
         module = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        return self.head._replace(weight=gathered(module.weight), bias=gathered(module.bias))
+        return self.head._replace(weight=whole(module.weight), bias=whole(module.bias))
 
     # How it is learnt.
 
@@ -321,6 +326,16 @@ class DistillTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # it is shuffled
+
+    def check_wrapped(self) -> None:
+        """Raises TrainingError if what stands around the student is not what the launch asked for; called before step 1."""
+        kind, model = self.engine["kind"], self.model_wrapped
+        names = {type(model).__name__, *(base.__name__ for base in type(model).__mro__)}
+        expected = {"FSDP": "FSDPModule", "DEEPSPEED": "DeepSpeedEngine"}.get(
+            kind, "DistributedDataParallel" if self.engine["processes"] > 1 else None
+        )
+        if expected is not None and expected not in names:
+            raise TrainingError(f"accelerate was to give {expected} for {kind}, and gave {type(model).__name__}")
 
     # What is kept.
 
@@ -365,8 +380,8 @@ class DistillTrainer(Trainer):
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _check_engine(kind: str, optim: str) -> None:
-    """Raises OptionError where the launch asked for another engine than there is, or Muon cannot do its step.
+def _check_engine(kind: str, optim: str, trains_head: bool) -> None:
+    """Raises OptionError where the launch asked for another engine than there is, or for what an engine cannot do.
 
     Accelerate falls back to DDP, in silence, for FSDP on CPUs and for a launch that does not name DeepSpeed.
     """
@@ -379,6 +394,10 @@ def _check_engine(kind: str, optim: str) -> None:
     if kind == "DEEPSPEED" and optim == "muon":
         raise OptionError(
             "muon needs whole matrices, which DeepSpeed keeps in parts; use FSDP2, or --optim adamw_torch"
+        )
+    if kind == "DEEPSPEED" and trains_head:
+        raise OptionError(
+            "--train-embeddings needs the whole head, which DeepSpeed keeps in parts; use FSDP2, or leave it"
         )
 
 

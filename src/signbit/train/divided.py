@@ -1,0 +1,30 @@
+"""Parameters that an engine divides over devices: FSDP2's are DTensors, DeepSpeed's ZeRO-3 leaves an empty shell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def is_divided(parameter: Any) -> bool:
+    """Whether this process holds a part of the parameter only."""
+    return hasattr(parameter, "placements") or hasattr(parameter, "ds_tensor")
+
+
+def local(parameter: Any) -> Tensor:
+    """A parameter's data; of one that is divided this process's own part (ZeRO-3's is flat, and filled up with zeros)."""
+    data = getattr(parameter, "ds_tensor", parameter).detach()
+    return data.to_local() if hasattr(data, "to_local") else data  # type: ignore[no-any-return]
+
+
+def whole(parameter: Any) -> Any:
+    """All of a parameter that is divided; others, and None, as they are. All processes call it together."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_tensor"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter
