@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST)
 
-test-slow: $(VENV)/.test $(VENV)/.demo
+test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.engines
 	$(PYTEST) -m slow
 
 lint: $(VENV)/.test
@@ -34,6 +34,12 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,plot,test,dev]'
+	touch $@
+
+# DeepSpeed is built from its sources, which look at the torch that is there.
+$(VENV)/.engines: $(VENV)/.test
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
 	touch $@
 
 clean:

@@ -76,6 +76,8 @@ def test_the_whole_way(llama_dir, tmp_path, text_file, capsys):
     code, printed, _ = run(capsys, f"info {out} --json {tmp_path}/info.json")
     assert code == 0
     assert "whole file, bits per parameter" in printed
+    saved = json.loads((tmp_path / "info.json").read_text())
+    assert saved["linears_saved"] == pytest.approx(1 - saved["bits_per_weight"] / 16)
     assert json.loads((tmp_path / "info.json").read_text())["settings"]["options"]["group"] == 8
     code, printed, _ = run(capsys, f"info {out} --layers")
     assert "model.layers.1.mlp.up_proj" in printed
@@ -87,6 +89,8 @@ def test_the_whole_way(llama_dir, tmp_path, text_file, capsys):
     assert [Path(r["model"]).name for r in results] == ["out", "llama"]
     assert all(r["windows"] == 6 and r["activations"] == "exact" and r["dtype"] == "float32" for r in results)
     assert f"{results[0]['perplexity']:.3f}" in printed
+    assert results[0]["saved"] == [saved["linears_saved"], saved["file_saved"]] and results[1]["saved"] is None
+    assert f"{saved['linears_saved']:.1%} / {saved['file_saved']:.1%}" in " ".join(printed.split())
     code, printed, err = run(capsys, f"generate {out} 'w3 w4' --max-new-tokens 5 --temperature 0.7 --seed 0")
     assert code == 0
     assert printed.startswith("w3 w4")

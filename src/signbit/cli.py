@@ -514,13 +514,11 @@ def info(argv: Sequence[str]) -> None:
         _table(None, ("layers", "count", "shape", "true bits", "salient", "bytes"), rows)
     options = ", ".join(f"{key}={value}" for key, value in size.settings.get("options", {}).items())
     print(f"method                          {size.settings.get('method', 'unknown')} ({options})")
-    print(f"true bits per packed weight     {size.bits_per_weight:.3f}")
+    print(f"true bits per packed weight     {size.bits_per_weight:.3f}  ({size.linears_saved:.1%} of 16 saved)")
     print(f"whole file, bits per parameter  {size.bits_per_parameter:.3f}")
     print(f"parameters                      {size.parameters:,}")
     print(f"bytes of the weight files       {size.file_bytes:,}")
-    print(
-        f"16-bit model would be           {2 * size.parameters:,}  ({1 - size.file_bytes / size.parameters / 2:.1%} saved)"
-    )
+    print(f"16-bit model would be           {2 * size.parameters:,}  ({size.file_saved:.1%} saved)")
     _write_json(args.json, size.to_dict())
 
 
@@ -538,8 +536,9 @@ def evaluate(argv: Sequence[str]) -> None:
     from tqdm import tqdm
 
     from signbit.evaluate.perplexity import check, perplexity
+    from signbit.evaluate.size import measure_size
     from signbit.hub.load import load_any, load_tokenizer
-    from signbit.linear import set_activations
+    from signbit.linear import PackedLinear, set_activations
 
     _quiet()
     names = [name.strip() for name in args.ppl.split(",") if name.strip()]
@@ -548,8 +547,12 @@ def evaluate(argv: Sequence[str]) -> None:
     for name in names:
         check(name, args.data_dir, args.text, args.max_windows)
     results: list[dict[str, Any]] = []
+    saved: dict[str, tuple[float, float]] = {}
     for model_name in (args.model, *args.against):
         model = load_any(model_name, args.run.dtype, args.run.device)
+        if Path(model_name).is_dir() and any(isinstance(module, PackedLinear) for module in model.modules()):
+            size = measure_size(model_name)
+            saved[model_name] = size.linears_saved, size.file_saved
         tokenizer = load_tokenizer(model_name)
         if not set_activations(model, args.run.activations):
             print(f"note: {model_name} has no packed layer; its activations stay exact", file=sys.stderr)
@@ -562,19 +565,22 @@ def evaluate(argv: Sequence[str]) -> None:
                     bar.update(done - bar.n)
 
                 result = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step)
-            results.append({"model": model_name, **result.to_dict()})
+            results.append({"model": model_name, **result.to_dict(), "saved": saved.get(model_name)})
         del model
     anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (args.against or ("",))[-1]}
     rows = [
         (
             r["model"], r["protocol"], f"{r['perplexity']:.4g}" if r["perplexity"] >= 1e4 else f"{r['perplexity']:.3f}",
             f"{r['perplexity'] / anchors[r['protocol']]:.3g} ×" if r["protocol"] in anchors else "",
+            " / ".join(f"{share:.1%}" for share in saved.get(r["model"], ())),
             f"{r['windows']} × {r['window']}", f"{r['dtype']}, {r['activations']}", f"{r['seconds_s']:.0f} s",
         )
         for r in results
     ]  # fmt: skip
     last = f"of {args.against[-1]}" if args.against else ""
-    _table(None, ("model", "protocol", "perplexity", last, "windows", "run", "time"), rows)
+    _table(None, ("model", "protocol", "perplexity", last, "saved", "windows", "run", "time"), rows)
+    if saved:
+        print("saved: of 16 bits, in the packed linears / in the whole weight files")
     _write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), "results": results})
 
 

@@ -1,7 +1,6 @@
 """Runs of a tiny model: what is written, what resuming gives, what is refused, and that packing loses nothing."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,18 +34,7 @@ from signbit.train import (
     start_training_,
 )
 from tests import families
-
-#: What a line of metrics says of the machine and not of the run.
-TIME = ("tokens_per_s", "used_s")
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    generator = torch.Generator().manual_seed(0)
-    words = [f"w{int(i)}" for i in torch.randint(0, 61, (6000,), generator=generator)]
-    path.write_text(" ".join(words))
-    return path
+from tests.train.runs import metrics
 
 
 def run(llama_dir, text, out, *more, method="onebit", steps=8):
@@ -55,11 +43,6 @@ def run(llama_dir, text, out, *more, method="onebit", steps=8):
         f"--batch-size 4 --log-every 2 --save-every 4 --validation-blocks 2 --learning-rate 0.02".split()
         + list(more)
     )
-
-
-def metrics(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIME} for line in lines]
 
 
 def test_a_run_writes_checkpoints_metrics_and_pictures(llama_dir, text, tmp_path, capsys):
@@ -338,6 +321,15 @@ def test_another_vocabulary_is_refused(tmp_path):
         trainer(tmp_path, teacher=families.llama(vocab_size=80))
 
 
+def test_more_processes_than_gpus_are_refused(llama_dir, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert run(llama_dir, text, tmp_path / "run") == 1
+    assert "process 3 of this machine has no GPU, for there are 2; launch at most 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_objective_without_a_teacher_is_refused(tmp_path):
     with pytest.raises(OptionError, match="the objective looks at a teacher, and there is none"):
         trainer(tmp_path)
@@ -495,53 +487,6 @@ def test_the_start_alone_is_packed(llama_dir, tmp_path, capsys, norm):
 def test_a_run_that_has_no_checkpoint_is_not_packed(tmp_path):
     with pytest.raises(TrainingError, match="holds no complete checkpoint"):
         pack(tmp_path, tmp_path / "out")
-
-
-def launched(*command):
-    """Runs signbit by torchrun or accelerate, two processes on this machine's CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=240
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(llama_dir, text, tmp_path):
-    words = (
-        f"-m signbit distill {llama_dir} --data {text} --max-steps 6 --sequence-length 16 --batch-size 4 --log-every 1 "
-        f"--validation-blocks 2 --learning-rate 0.02 --kd-beta 0.5 --cache {tmp_path}/tokens"
-    ).split()
-    one = launched(*words[1:], "-o", f"{tmp_path}/one")
-    assert one.returncode == 0, one.stderr
-    two = launched("torch.distributed.run", "--standalone", "--nproc_per_node=2", *words, "-o", f"{tmp_path}/two")
-    assert two.returncode == 0, two.stderr
-    engines = [json.loads((tmp_path / name / RUN).read_text())["engine"] for name in ("one", "two")]
-    assert engines == [{"kind": "NO", "processes": 1}, {"kind": "MULTI_CPU", "processes": 2}]
-    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        for key in ("loss", "hidden", "validation_loss"):
-            if key in line:
-                assert other[key] == pytest.approx(line[key], rel=1e-5 if line["step"] < 3 else 1e-4), (
-                    line["step"],
-                    key,
-                )
-
-
-@pytest.mark.slow
-def test_an_engine_that_is_not_there_is_refused(llama_dir, text, tmp_path):
-    """Accelerate would fall back to DDP in silence."""
-    config = tmp_path / "fsdp.yaml"
-    config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nmixed_precision: 'no'\n"
-        "num_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
-    )
-    launch = f"accelerate.commands.launch --config_file {config} -m signbit".split()
-    words = (
-        f"distill {llama_dir} -o {tmp_path}/run --data {text} --max-steps 2 --sequence-length 16 --batch-size 4".split()
-    )
-    found = launched(*launch, *words)
-    assert found.returncode != 0 and "FSDP was asked for, but accelerate gives MULTI_CPU here" in found.stderr, (
-        found.stderr
-    )
 
 
 @pytest.mark.slow

@@ -63,6 +63,16 @@ class ModelSize:
         """Bits of the whole files per parameter, embeddings, norms and file headers included."""
         return 8 * self.file_bytes / self.parameters
 
+    @property
+    def linears_saved(self) -> float:
+        """Share of the packed layers' bytes that is saved against 16 bits a weight."""
+        return 1 - self.bits_per_weight / 16
+
+    @property
+    def file_saved(self) -> float:
+        """The same of the whole files, in which what is not packed weighs most in a small model."""
+        return 1 - self.bits_per_parameter / 16
+
     def kinds(self) -> list[Kind]:
         """The layers, those that differ only in their block's number and have one shape in one line."""
         same: dict[tuple[str, int, int], list[LayerSize]] = {}
@@ -82,6 +92,8 @@ class ModelSize:
             **asdict(self),
             "bits_per_weight": self.bits_per_weight,
             "bits_per_parameter": self.bits_per_parameter,
+            "linears_saved": self.linears_saved,
+            "file_saved": self.file_saved,
             "layers": [{**asdict(layer), "bits_per_weight": layer.bits_per_weight} for layer in self.layers],
         }
 

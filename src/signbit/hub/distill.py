@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def distill(
     Raises TrainingError for a directory that holds another run, or none to go on with, and for a run that cannot go on.
     """
     out = Path(out)
+    _check_devices()
     checkpoint = _check_run(recipe, out, resume)
     budget = Budget(recipe.options.max_steps, recipe.options.max_minutes)
     tokenizer = load_tokenizer(recipe.teacher)
@@ -159,6 +161,17 @@ def distill(
     last = last_checkpoint(out)
     assert last is not None
     return last
+
+
+def _check_devices() -> None:
+    """Raises OptionError where a launcher started more processes on this machine than it has GPUs."""
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and place >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise OptionError(
+            f"process {place + 1} of this machine has no GPU, for there {'is' if count == 1 else 'are'} {count}; "
+            f"launch at most {count} processes a machine (--nproc_per_node {count})"
+        )
 
 
 def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,6 @@ def whole(parameter: Any) -> Any:
     if hasattr(parameter, "full_tensor"):
         return parameter.full_tensor()
     if hasattr(parameter, "ds_tensor"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with import_module("deepspeed").zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter
