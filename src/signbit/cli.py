@@ -92,7 +92,8 @@ class DistillOptions:
     """Method; its own options are listed below (see --method NAME --help for another's)."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to learn from: a .txt, .jsonl, .parquet or .tokens file (.gz and .xz too), a directory of them, c4, wikitext2, ptb,
-    or hub:NAME:CONFIG:SPLIT:COLUMN; =WEIGHT behind each for a mixture; may be repeated."""
+    or hub:NAME:CONFIG:SPLIT:COLUMN, which is streamed; behind each @50M for so many tokens of its beginning at most,
+    =WEIGHT for a mixture; may be repeated."""
     recipe: str | None = None
     """Named recipe (see signbit distill --list), or a .toml file of one; flags beside it go before it."""
     list: bool = False
@@ -253,7 +254,7 @@ class _Bars:
         self._bar: Any = None
         self._stage = ""
 
-    def __call__(self, stage: str, done: int, total: int, name: str) -> None:
+    def __call__(self, stage: str, done: int, total: int | None, name: str) -> None:
         from tqdm import tqdm
 
         if stage != self._stage:

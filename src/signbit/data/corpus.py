@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from signbit.data.sources import JSON_LINES, SETS, TextSet, file_rows, hub_data, local_file, open_text, reading
+from signbit.data.sources import (
+    JSON_LINES,
+    SETS,
+    HubStream,
+    TextSet,
+    file_rows,
+    hub_data,
+    local_file,
+    open_text,
+    reading,
+)
 from signbit.errors import DataError
 
 #: How the name of a file of tokens ends (tokenfile.py).
@@ -22,8 +34,12 @@ _SUFFIXES = (*_PLAIN, *JSON_LINES, ".parquet")
 PIECE_CHARACTERS = 100_000
 _ALLOWED = (
     f"a source is a file ({', '.join(_SUFFIXES)}, {TOKENS}), a directory of such texts, "
-    f"a set ({', '.join(SETS)}), or hub:DATASET:CONFIGURATION:SPLIT:COLUMN"
+    f"a set ({', '.join(SETS)}), or hub:DATASET:CONFIGURATION:SPLIT:COLUMN; "
+    "a limit of tokens and a weight may follow (NAME@50M=0.7)"
 )
+#: A limit of tokens as it is written, and what its last letter multiplies.
+_LIMIT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kMG]?)")
+_TIMES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
@@ -31,10 +47,16 @@ class Source:
     """One text to train on, and its share of the blocks relative to the other sources' weights."""
 
     name: str
-    """A file, a directory, a named set, or hub:DATASET:CONFIGURATION:SPLIT:COLUMN."""
+    """A file, a directory, a named set, or hub:DATASET:CONFIGURATION:SPLIT:COLUMN (DATASET@REVISION for one version)."""
     weight: float = 1.0
+    max_tokens: int | None = None
+    """No more than this many tokens of its beginning are taken, boundaries between documents counted."""
 
     def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise DataError(f"{self.name} has a limit of {self.max_tokens} tokens; a limit is a positive whole number")
+        if self.max_tokens is not None and self.name.endswith(TOKENS):
+            raise DataError(f"{self.name} is tokenized already and read as it is; leave its limit away")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise DataError(f"{self.name} has the weight {self.weight}; a weight is a positive number")
 
@@ -55,12 +77,12 @@ class TrainingData:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> TrainingData:
-        """Sources as the command line has them, NAME or NAME=WEIGHT: weights of 1 if none is given.
+        """Sources as the command line has them, NAME[@LIMIT][=WEIGHT]: weights of 1 if none is given.
 
         Raises DataError as `parse_source` does, for a source that is given twice, and if only some have a weight.
         """
         sources = tuple(map(parse_source, words))
-        bare = [word for word in words if _split(word)[1] is None]
+        bare = [word for word in words if _split(word)[2] is None]
         if bare and len(bare) < len(words):
             raise DataError(
                 f"{bare[0]} has no weight, but other sources have one; give all or none (a.txt=0.7 b.txt=0.3)"
@@ -73,24 +95,34 @@ class TrainingData:
         return tuple(source.weight for source in self.sources)
 
 
-def _split(word: str) -> tuple[str, str | None]:
-    """Name and weight of NAME=WEIGHT; a file whose own name has an equals sign is a name."""
-    name, equals, weight = word.rpartition("=")
-    return (name, weight) if equals and not Path(word).exists() else (word, None)
+def _split(word: str) -> tuple[str, str | None, str | None]:
+    """Name, limit and weight of NAME[@LIMIT][=WEIGHT]; a path that is there is a name, whatever signs it has."""
+    if Path(word).exists():
+        return word, None, None
+    before, equals, after = word.rpartition("=")
+    # What goes on behind a sign, with a limit (c=2.txt@1M), a path (x=1/a.txt) or a part of a hub data set
+    # (DATASET@REVISION:…), has the sign in its name.
+    name, weight = (before, after) if equals and not set(after) & set("@/:") else (word, None)
+    if Path(name).exists():
+        return name, None, weight
+    before, at, after = name.rpartition("@")
+    return (before, after, weight) if at and not set(after) & set("/:") else (name, None, weight)
 
 
 def parse_source(text: str) -> Source:
-    """The source that NAME or NAME=WEIGHT means (`corpus.txt.xz`, `a.jsonl=0.7`, `c4`, `hub:allenai/c4:en:train:text`).
+    """The source that NAME[@LIMIT][=WEIGHT] means (`a.txt.xz`, `a.jsonl=0.7`, `c4`, `hub:allenai/c4:en:train:text@50M`).
 
-    Raises DataError, with what is allowed, for a name that is none of these, a path that does not exist, and a weight
-    that is no positive number. The hub is not asked.
+    LIMIT is a number of tokens; k, M and G behind it stand for thousands, millions and thousand millions. Raises
+    DataError, with what is allowed, for a name that is none of these, a path that does not exist, a limit that is no
+    positive whole number, and a weight that is no positive number. The hub is not asked.
     """
-    name, weight = _split(text)
+    name, limit, weight = _split(text)
+    tokens = None if limit is None else _limit(text, name, limit)
     try:
         number = 1.0 if weight is None else float(weight)
     except ValueError:
         raise DataError(f"{text}: {weight} is no weight, and there is no file of this name; {_ALLOWED}") from None
-    source = Source(name, number)
+    source = Source(name, number, tokens)
     if name.startswith(_HUB):
         _hub_set(name)
     elif name.endswith(TOKENS):
@@ -99,6 +131,27 @@ def parse_source(text: str) -> Source:
     elif name not in SETS:
         _files(name)
     return source
+
+
+def _limit(text: str, name: str, limit: str) -> int:
+    """The tokens that `limit` means, which stands behind `name` in `text`."""
+    match = _LIMIT.fullmatch(limit)
+    tokens = Fraction(match[1]) * _TIMES[match[2]] if match else Fraction(0)
+    if tokens < 1 or tokens.denominator > 1:
+        raise DataError(
+            f"{text}: {limit or 'nothing'} is no limit of tokens, and there is no file of this name; a limit is a "
+            "positive whole number, or one of thousands (50k), millions (50M) or thousand millions (1.5G)"
+        )
+    if not Path(name).exists():
+        before, at, other = name.rpartition("@")
+        if at and _LIMIT.fullmatch(other):
+            raise DataError(f"{text} has two limits; give one ({before}@{limit})")
+        before, equals, weight = name.rpartition("=")
+        if equals and re.fullmatch("[0-9.]+", weight):
+            raise DataError(
+                f"{text}: a limit stands before a weight ({before}@{limit}={weight}), and there is no file {name}"
+            )
+    return int(tokens)
 
 
 def _files(name: str) -> list[Path]:
@@ -124,10 +177,15 @@ def _hub_set(name: str) -> TextSet:
     if len(parts) != 4 or not all(part for index, part in enumerate(parts) if index != 1):
         raise DataError(
             f"{name}: a source of the hub is hub:DATASET:CONFIGURATION:SPLIT:COLUMN (hub:allenai/c4:en:train:text; the "
-            "configuration may be empty, or a data file of the set)"
+            "configuration may be empty, or a data file of the set; DATASET@REVISION is one version of it)"
         )
     dataset, configuration, split, column = parts
-    return TextSet(name, "", 0, None, (), (dataset, configuration or None, split, column))
+    revision = None
+    if "@" in dataset and not Path(dataset).exists():
+        dataset, _, revision = dataset.rpartition("@")
+        if not (dataset and revision) or Path(dataset).exists():
+            raise DataError(f"{name}: a revision is of a data set of the hub (DATASET@REVISION); give both, or neither")
+    return TextSet(name, "", 0, None, (), (dataset, configuration or None, split, column), revision)
 
 
 class Piece(NamedTuple):
@@ -146,12 +204,12 @@ class Corpus:
 
     source: str
     """Where it is from."""
-    size: int
-    """Bytes of its files, or rows of a hub data set."""
+    size: Callable[[], int | None]
+    """Bytes of its files, or rows of a hub data set (None if it does not say): for when it is read."""
     identity: Any
-    """What changes when the text does (JSON values): digests of files, or the fingerprint of a hub data set."""
-    pieces: Callable[[], Iterator[Piece]]
-    """Reads it; raises DataError if a file is damaged or not UTF-8."""
+    """What changes when the text does (JSON values): digests of files, or the commit of a hub data set."""
+    pieces: Callable[[], Generator[Piece, None, None]]
+    """Reads it; raises DataError if a file is damaged or not UTF-8, and if the hub cannot be read."""
 
 
 def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
@@ -159,20 +217,20 @@ def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
 
     Documents are: of .txt files, what two or more empty lines divide; of .jsonl and .parquet files and of hub data
     sets, the rows; of the sets with a joiner (wikitext2, ptb), all of it. `data_dir` is where named sets lie; without
-    it they come from the hub. Raises DataError if the text is not to be had.
+    it they come from the hub. Raises DataError if the text is not to be had; that a hub data set has the split and the
+    column is seen when it is read.
     """
     name = source.name
     if name in SETS:
         return _named(SETS[name], data_dir)
     if name.startswith(_HUB):
-        wanted = _hub_set(name)
-        return _from_hub(wanted, _row_pieces)
+        return _streamed(_hub_set(name))
     files = _files(name)
     identity = [["lines" if file.name.endswith(_PLAIN) else "rows", file_digest(file)] for file in files]
 
     sizes = [file.stat().st_size for file in files]
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Generator[Piece, None, None]:
         before = 0
         for file, size in zip(files, sizes, strict=True):
             with reading(file), file.open("rb") as raw:
@@ -180,7 +238,7 @@ def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
                     yield piece._replace(read=before + raw.tell())
             before += size
 
-    return Corpus(name, sum(sizes), identity, pieces)
+    return Corpus(name, lambda: sum(sizes), identity, pieces)
 
 
 def file_digest(path: Path) -> str:
@@ -202,12 +260,12 @@ def _named(wanted: TextSet, data_dir: str | Path | None) -> Corpus:
     path = local_file(Path(data_dir), wanted)
     size = path.stat().st_size
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Generator[Piece, None, None]:
         with reading(path), path.open("rb") as raw:
             for piece in divided(file_rows(path, wanted.rows, raw)):
                 yield piece._replace(read=size if raw.closed else raw.tell())
 
-    return Corpus(str(path), size, [wanted.name, file_digest(path)], pieces)
+    return Corpus(str(path), lambda: size, [wanted.name, file_digest(path)], pieces)
 
 
 def _from_hub(wanted: TextSet, divided: Callable[[Iterator[str]], Iterator[Piece]]) -> Corpus:
@@ -217,21 +275,31 @@ def _from_hub(wanted: TextSet, divided: Callable[[Iterator[str]], Iterator[Piece
     if column not in data.column_names:
         raise DataError(f"{source} has no column {column}; it has {', '.join(data.column_names)}")
 
-    def pieces() -> Iterator[Piece]:
-        read = 0
-
-        def rows() -> Iterator[str]:
-            nonlocal read
-            for row in data:
-                read += 1
-                yield str(row[column] or "")
-
+    def pieces() -> Generator[Piece, None, None]:
         with reading(source):
-            for piece in divided(rows()):
-                yield piece._replace(read=read)
+            yield from _counted((str(row[column] or "") for row in data), divided)
 
     # The fingerprint covers the data set's name, configuration, revision and split.
-    return Corpus(source, len(data), [wanted.name, data._fingerprint, column], pieces)
+    return Corpus(source, lambda: len(data), [wanted.name, data._fingerprint, column], pieces)
+
+
+def _streamed(wanted: TextSet) -> Corpus:
+    stream = HubStream(wanted)
+    return Corpus(str(stream), lambda: stream.size, stream.identity, lambda: _counted(stream.rows(), _row_pieces))
+
+
+def _counted(rows: Iterator[str], divided: Callable[[Iterator[str]], Iterator[Piece]]) -> Generator[Piece, None, None]:
+    """The pieces of rows, with how many rows are read by then."""
+    read = 0
+
+    def counting() -> Iterator[str]:
+        nonlocal read
+        for row in rows:
+            read += 1
+            yield row
+
+    for piece in divided(counting()):
+        yield piece._replace(read=read)
 
 
 def _file_pieces(path: Path, raw: BinaryIO) -> Iterator[Piece]:

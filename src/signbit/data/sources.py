@@ -7,9 +7,10 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from io import TextIOWrapper
 from itertools import islice
@@ -149,6 +150,8 @@ class Text:
     source: str
 
 
+#: A whole commit of a hub data set, which is one text for ever.
+_COMMIT = re.compile("[0-9a-f]{40}")
 #: How the names of files end that hold a JSON object with a text in each line.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".json.xz")
 
@@ -237,26 +240,131 @@ def local_file(directory: Path, wanted: TextSet) -> Path:
     )
 
 
-def hub_data(wanted: TextSet) -> tuple[Any, str]:
-    """The `datasets.Dataset` of a text, and what to call it; raises DataError if it is not to be had."""
+def _instead(wanted: TextSet) -> str:
+    return "give a directory of local files with --data-dir" if wanted.local else "give local files"
+
+
+@contextmanager
+def _asking(wanted: TextSet) -> Iterator[None]:
+    """Raises DataError for whatever `datasets` raises inside: many kinds, all of which mean that a set is not to be had."""
     assert wanted.hub is not None
-    instead = "give a directory of local files with --data-dir" if wanted.local else "give local files"
     try:
-        from datasets import load_dataset
+        yield
+    except Exception as error:
+        offline = isinstance(error, ConnectionError) and not wanted.local
+        pinned = "; tokens made before are found without the hub under the commit of their set (DATASET@COMMIT)"
+        raise DataError(
+            f"{wanted.hub[0]} could not be loaded from the hub ({_first_line(error)}); {_instead(wanted)}"
+            + (pinned if offline else "")
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _ask_hub(wanted: TextSet, function: Literal["load_dataset", "load_dataset_builder"], **options: Any) -> Any:
+    """What a function of `datasets` gives for a text."""
+    assert wanted.hub is not None
+    try:
+        import datasets
     except ImportError:
         raise DataError(
-            f"{wanted.name} from the hub needs the package datasets (pip install 'signbit[eval]'); or {instead}"
+            f"{wanted.name} from the hub needs the package datasets (pip install 'signbit[eval]'); or {_instead(wanted)}"
         ) from None
     name, configuration, split, _ = wanted.hub
-    try:
-        if configuration is not None and "." in configuration:
-            data = load_dataset(name, data_files={split: configuration}, split=split)
-        else:
-            data = load_dataset(name, configuration, split=split, revision=wanted.hub_revision)
-    except Exception as error:  # datasets raises many kinds, all of which mean that the set is not to be had
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name} could not be loaded from the hub ({first}); {instead}") from error
-    return data, f"{name} ({configuration}, {split})"
+    options["revision"] = wanted.hub_revision
+    if configuration is not None and "." in configuration:
+        options["data_files"], configuration = {split: configuration}, None
+    with _asking(wanted):
+        return getattr(datasets, function)(name, configuration, **options)
+
+
+def hub_data(wanted: TextSet) -> tuple[Any, str]:
+    """The `datasets.Dataset` of a text, downloaded as a whole, and what to call it; raises DataError if it is not to be had."""
+    assert wanted.hub is not None
+    name, configuration, split, _ = wanted.hub
+    return _ask_hub(wanted, "load_dataset", split=split), f"{name} ({configuration}, {split})"
+
+
+class HubStream:
+    """The rows of a hub data set, read over the network one after another, in the set's order; none is kept.
+
+    The hub is not asked before something is wanted that it alone knows; the identity of a set whose revision is a whole
+    commit is not. Everything raises DataError if the set is not to be had.
+    """
+
+    def __init__(self, wanted: TextSet) -> None:
+        self.wanted = wanted
+
+    @cached_property
+    def _builder(self) -> Any:
+        builder = _ask_hub(self.wanted, "load_dataset_builder")
+        if builder.name == "cache":
+            # datasets did not reach the hub and took what it once loaded, whatever version and configuration that is.
+            with _asking(self.wanted):
+                raise ConnectionError("the hub does not answer")
+        return builder
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the set that is read; None for a set that is a local directory."""
+        revision = self.wanted.hub_revision or ""
+        # A builder's hash is the commit of the set on the hub, and something shorter for what lies elsewhere.
+        found = revision if _COMMIT.fullmatch(revision) else str(self._builder.hash)
+        return found if _COMMIT.fullmatch(found) else None
+
+    @property
+    def identity(self) -> list[Any]:
+        """What changes when the text does (JSON values)."""
+        assert self.wanted.hub is not None
+        if self.commit is not None:
+            return [*self.wanted.hub, self.commit]
+        # Covers the directory's path, and the names and times of its files.
+        return [*self.wanted.hub, self._builder._get_dataset_fingerprint(self.wanted.hub[2])]
+
+    @property
+    def size(self) -> int | None:
+        """How many rows there are; None if the set does not say."""
+        assert self.wanted.hub is not None
+        split = (self._builder.info.splits or {}).get(self.wanted.hub[2])
+        return split.num_examples or None if split is not None else None
+
+    def __str__(self) -> str:
+        assert self.wanted.hub is not None
+        name, configuration, split, _ = self.wanted.hub
+        version = "" if self.commit is None else f"@{self.commit}"
+        return f"{name}{version} ({', '.join(filter(None, (configuration, split)))})"
+
+    def rows(self) -> Iterator[str]:
+        """The texts; raises DataError, with the number of rows that were read, if the network fails for good."""
+        assert self.wanted.hub is not None
+        _, _, split, column = self.wanted.hub
+        with _asking(self.wanted):
+            data = self._builder.as_streaming_dataset(split=split)
+        names = data.column_names
+        if names is not None:
+            self._check(column, names)
+            data = data.select_columns([column])  # the others need not be decoded
+        rows, read = iter(data), 0
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, of the file's format: as many kinds as there are formats
+                raise DataError(
+                    f"{self} broke off after {read:,} rows ({_first_line(error)}), and nothing of it is kept; "
+                    f"try again, or {_instead(self.wanted)}"
+                ) from error
+            if not read and names is None:
+                self._check(column, list(row))
+            read += 1
+            yield str(row.get(column) or "")
+
+    def _check(self, column: str, names: Sequence[str]) -> None:
+        if column not in names:
+            raise DataError(f"{self} has no column {column}; it has {', '.join(names)}")
 
 
 def read_set(wanted: TextSet, data_dir: str | Path | None = None) -> Text:

@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +21,9 @@ from signbit.errors import DataError
 VERSION = 1
 #: Characters that are handed to the tokenizer in one call.
 _BATCH_CHARACTERS = 1_000_000
-#: Called with how much of the text is tokenized, and how much there is: bytes of its files, or rows of a hub data set.
-TokenProgress = Callable[[int, int], None]
+#: Called with how much of the text is tokenized, and how much there is: tokens, of a source with a limit of them, else
+#: bytes of its files or rows of a hub data set (None if that does not say how many it has).
+TokenProgress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,16 @@ def token_file(
 ) -> TokenFile:
     """The tokens of `source`, each document followed by the boundary id, in `folder`; made unless they are there.
 
-    The file is named after all that decides its content: the text (bytes of local files, fingerprint of a hub data
-    set), the tokenizer and `VERSION`; nothing is read anew while these stay. No special token but the boundary is
-    added. Documents of more than some 100 thousand characters are tokenized in pieces cut at line ends, which may make
-    other tokens there than the whole would. A source that is a .tokens file is opened where it lies. Several processes
-    may call this at once: each writes its own file, and the last rename wins with the same bytes.
+    The file is named after all that decides its content: the text (bytes of local files, commit of a hub data set), the
+    source's limit, the tokenizer and `VERSION`; nothing is read anew while these stay. No special token but the boundary
+    is added. Documents of more than some 100 thousand characters are tokenized in pieces cut at line ends, which may
+    make other tokens there than the whole would. With a limit the file holds the first tokens of what it would without:
+    the document in which the limit falls is cut there and has no boundary, and little more than that is read. A source
+    that is a .tokens file is opened where it lies. Several processes may call this at once: each writes its own file,
+    and the last rename wins with the same bytes.
 
-    Raises DataError if the text is missing, damaged, not UTF-8 or empty, if `folder` cannot be written, and for a
-    .tokens file of another tokenizer.
+    Raises DataError if the text is missing, damaged, not UTF-8 or empty, if the hub cannot be read, if `folder` cannot be
+    written, and for a .tokens file of another tokenizer.
     """
     digest = tokenizer_digest(tokenizer)
     if source.name.endswith(TOKENS):
@@ -118,48 +120,62 @@ def token_file(
         return found
     corpus = find_corpus(source, data_dir)
     boundary = boundary_id(tokenizer)
-    key = json.dumps([VERSION, corpus.identity, digest, boundary])
-    path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()}{TOKENS}"
+    limit, label = source.max_tokens, corpus.source
+    key = [VERSION, corpus.identity, digest, boundary]
+    if limit is not None:
+        key.append(limit)
+        label = f"{label} (limit of {limit:,} tokens)"
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}{TOKENS}"
     with suppress(DataError):  # not there, or not whole
-        return replace(read_token_file(path), source=corpus.source)
+        return replace(read_token_file(path), source=label)
     dtype = id_type(vocabulary_size(tokenizer))
     documents = tokens = 0
-    with _partial(path) as stream:
+    with _partial(path) as stream, closing(corpus.pieces()) as pieces:
         # The tokens of the document at hand: one that gave none (blank, say) is no document.
         of_document = 0
-        for batch in _batches(corpus.pieces()):
+        while tokens != limit:
+            # Most tokens are longer than a character: as many characters as tokens are missing are hardly too many.
+            most = _BATCH_CHARACTERS if limit is None else min(_BATCH_CHARACTERS, limit - tokens)
+            if not (batch := _batch(pieces, most)):
+                break
             rows = tokenizer(
                 [piece.text for piece in batch], add_special_tokens=False, return_attention_mask=False, verbose=False
             )["input_ids"]
+            ids: list[int] = []
             for piece, row in zip(batch, rows, strict=True):
+                if tokens == limit:
+                    break
                 of_document += len(row)
                 if piece.last and of_document:
                     documents += 1
                     of_document = 0
                     if boundary is not None:
                         row.append(boundary)
-                tokens += len(row)
-            stream.write(as_bytes(list(chain.from_iterable(rows)), dtype))
-            if progress is not None:
-                progress(batch[-1].read, corpus.size)
+                fitting = row if limit is None else row[: limit - tokens]
+                tokens += len(fitting)
+                ids += fitting
+            stream.write(as_bytes(ids, dtype))
+            if progress is not None and limit is None:
+                progress(batch[-1].read, corpus.size())
+            elif progress is not None:
+                progress(tokens, limit)
+        documents += of_document > 0  # one that the limit cut
         if not documents:
             raise DataError(f"{corpus.source} holds no text")
-    made = TokenFile(path, corpus.source, documents, tokens, dtype, boundary, digest)
+    made = TokenFile(path, label, documents, tokens, dtype, boundary, digest)
     write_description(made)
     return made
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batch(pieces: Iterator[Piece], characters: int) -> list[Piece]:
+    """The next pieces, as few as have this many characters; fewer at the end of the text."""
     batch: list[Piece] = []
-    characters = 0
     for piece in pieces:
         batch.append(piece)
-        characters += len(piece.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        characters -= len(piece.text)
+        if characters <= 0:
+            break
+    return batch
 
 
 @contextmanager

@@ -93,7 +93,11 @@ def _dense(name: str, device: str, dtype: torch.dtype) -> Any:
 
 
 def _data(
-    recipe: Recipe, tokenizer: Any, folder: Path, data_dir: str | None, progress: Callable[[str, int, int], None] | None
+    recipe: Recipe,
+    tokenizer: Any,
+    folder: Path,
+    data_dir: str | None,
+    progress: Callable[[str, int, int | None], None] | None,
 ) -> tuple[Blocks, Blocks | None]:
     options, sources = recipe.options, TrainingData.parse(recipe.data)
     files = []
@@ -115,7 +119,7 @@ def distill(
     resume: bool = False,
     data_dir: str | None = None,
     cache: str | Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int | None], None] | None = None,
 ) -> Path | None:
     """Trains a student of `recipe.teacher` as the recipe says, in the directory `out`; returns its last checkpoint.
 
