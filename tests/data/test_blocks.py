@@ -703,10 +703,21 @@ def test_what_the_model_writes(llama, tokenizer, tmp_path):
     data = Blocks([token_file(tokenizer, parse_source(str(path)), tmp_path)], 12)
     assert sorted(blocks_of(data)) == sorted(map(tuple, rows.tolist()))
     assert len(Blocks([file], 6)) == 14
-    with pytest.raises(DataError, match=r"holds rows of 12 tokens .* Give a length that divides 12"):
+    two = Blocks([file], 24)
+    assert len(two) == 3 and all(torch.equal(row.view(2, 12), rows[2 * i : 2 * i + 2]) for i, row in lying(two, rows))
+    with pytest.raises(
+        DataError, match=r"holds rows of 12 tokens .* Give a length that divides 12, or a multiple of it"
+    ):
         Blocks([file], 8)
     other = generate(llama, tokenizer, tmp_path / "other.tokens", seed=5)
     assert ids_of(other) != ids_of(file)
+
+
+def lying(data, rows):
+    """Each block of `data` with the number of the pair of rows that it begins with."""
+    for item in range(len(data)):
+        block = data[item]["input_ids"]
+        yield next(i for i in range(len(rows) // 2) if torch.equal(rows[2 * i], block[: rows.shape[1]])), block
 
 
 @pytest.mark.parametrize("kill_at", [2, 4, 6, 7])

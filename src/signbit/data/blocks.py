@@ -51,9 +51,9 @@ class Blocks(Dataset[dict[str, Tensor]]):
     sees if both have this number and `length` in common. They are chosen by a permutation that no seed changes.
     `count` is one pass over as many blocks as there are if not given.
 
-    Raises DataError if a text has less than one block left, if the files are of different tokenizers, or if `length`
-    does not divide the rows of a file that a model wrote; OptionError for a length under 2, counts or weights that are
-    not positive, and a seed outside of 0 … 2³² − 1.
+    Raises DataError if a text has less than one block left, if the files are of different tokenizers, or if a file that
+    a model wrote has rows that `length` neither divides nor is a multiple of; OptionError for a length under 2, counts
+    or weights that are not positive, and a seed outside of 0 … 2³² − 1.
     """
 
     def __init__(
@@ -187,10 +187,11 @@ def _check(
             raise DataError(
                 f"{file.path} and {files[0].path} hold tokens of different tokenizers; make one of them anew"
             )
-        if file.row_tokens is not None and file.row_tokens % length:
+        if file.row_tokens is not None and file.row_tokens % length and length % file.row_tokens:
             raise DataError(
                 f"{file.path} holds rows of {file.row_tokens} tokens that do not run on into each other; "
-                f"a block of {length} is no whole part of one. Give a length that divides {file.row_tokens}"
+                f"a block of {length} is neither a whole part of one nor whole rows. Give a length that divides "
+                f"{file.row_tokens}, or a multiple of it"
             )
 
 
