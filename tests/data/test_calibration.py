@@ -2,11 +2,13 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from signbit.data import SETS, CalibrationOptions, check_calibration, draw_windows, self_generated
+from signbit.data import SETS, CalibrationOptions, check_calibration, draw_windows, self_generated, writing
+from signbit.data.writing import continued
 from signbit.errors import DataError, OptionError
 
 
@@ -163,3 +165,43 @@ def test_local_files_need_no_datasets(documents, tokenizer, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert draw_windows(tokenizer, CalibrationOptions(str(documents[0]), 3, 48))[0].shape == (3, 48)
+
+
+class Constant(torch.nn.Module):
+    """Says the same of every next token; without a cache."""
+
+    def __init__(self, chances):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(chances).clamp_min(1e-38).log())
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), past_key_values=None)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    chances = [0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0]
+    rows = torch.stack(continued(Constant(chances), torch.zeros(2000, 1, dtype=torch.long), 2, 12, torch.Generator()))
+    assert (rows[:, 1:3] == 1).all(), "the likeliest"
+    drawn = rows[:, 3:].flatten()
+    for token, chance in enumerate(chances):
+        off = 5 * (chance * (1 - chance) / len(drawn)) ** 0.5
+        assert abs(float((drawn == token).float().mean()) - chance) <= off, token
+    assert len({tuple(row) for row in rows[:, 3:].tolist()}) > 1000, "rows are drawn apart"
+
+
+def test_a_cache_with_room_changes_nothing(llama, monkeypatch):
+    first = torch.arange(3, 7)[:, None]
+    with torch.no_grad():
+        rows = continued(llama, first, 3, 30, torch.Generator().manual_seed(1))
+        monkeypatch.setattr(writing, "_with_room", lambda cache, length: cache)
+        assert all(map(torch.equal, rows, continued(llama, first, 3, 30, torch.Generator().manual_seed(1))))
+
+
+def test_there_is_room(llama):
+    with torch.no_grad():
+        cache = llama(torch.arange(3, 7)[:, None], use_cache=True).past_key_values
+        writing._with_room(cache, 9)
+        held = cache.layers[0].keys
+        cache = llama(torch.arange(3, 7)[:, None], past_key_values=cache, use_cache=True).past_key_values
+    assert cache.get_seq_length() == 2 and cache.layers[0].keys.untyped_storage().nbytes() >= 9 * held.numel() * 4
+    assert cache.layers[0].keys.stride() != cache.layers[0].keys.contiguous().stride(), "a part of something longer"
