@@ -172,13 +172,13 @@ class Constant(torch.nn.Module):
 
     def __init__(self, chances):
         super().__init__()
-        self.logits = torch.nn.Parameter(torch.tensor(chances).clamp_min(1e-38).log())
+        self.logits = torch.nn.Parameter(torch.tensor(chances).log().clamp_min(-1e4))
 
     def forward(self, input_ids, past_key_values, use_cache):
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), past_key_values=None)
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
+def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
     chances = [0.0, 0.5, 0.0, 0.3, 0.15, 0.05, 0.0]
     rows = torch.stack(continued(Constant(chances), torch.zeros(2000, 1, dtype=torch.long), 2, 12, torch.Generator()))
     assert (rows[:, 1:3] == 1).all(), "the likeliest"
@@ -187,6 +187,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
         off = 5 * (chance * (1 - chance) / len(drawn)) ** 0.5
         assert abs(float((drawn == token).float().mean()) - chance) <= off, token
     assert len({tuple(row) for row in rows[:, 3:].tolist()}) > 1000, "rows are drawn apart"
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))
+    (row,) = continued(Constant(chances), torch.zeros(1, 1, dtype=torch.long), 2, 6, torch.Generator())
+    assert row.tolist() == [0, 1, 1, 1, 1, 1], "the first that can be"
 
 
 def test_a_cache_with_room_changes_nothing(llama, monkeypatch):
