@@ -49,12 +49,22 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
         main([verb, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "prompt", "teacher", "run"}
+    options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "prompt", "teacher", "run", "kind"}
     options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat") else set()
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    assert {"distill": "TEACHER", "pack": "RUN"}.get(verb, "MODEL") in out
+    assert {"distill": "TEACHER", "pack": "RUN", "data": "{self-generate,teacher-logits}"}.get(verb, "MODEL") in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out
+
+
+def test_each_kind_of_data_has_help_that_names_its_options(capsys):
+    for kind, options in (("self-generate", cli.SelfGenerateOptions), ("teacher-logits", cli.TeacherLogitsOptions)):
+        with pytest.raises(SystemExit) as stop:
+            main(["data", kind, "--help"])
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and f"signbit data {kind}" in out
+        for option in set(options.__dataclass_fields__) - {"model", "teacher"}:
+            assert f"--{option.replace('_', '-')}" in out
 
 
 def test_help_of_a_method_lists_its_own_options(capsys):

@@ -110,6 +110,19 @@ class DistillOptions:
     """Directory of local copies of named sets in place of the hub."""
     cache: str | None = None
     """Directory in which tokenized text is kept and found again; default: RUN/data."""
+    teacher_logits: str | None = None
+    """FILE.logits of signbit data teacher-logits: what TEACHER answers to all of the data, in place of running it."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Make what a student learns from: text that a model writes, or a teacher's logits (signbit data KIND --help)."""
+
+    kind: Annotated[
+        tyro.conf.Positional[Literal["self-generate", "teacher-logits"]],
+        tyro.conf.arg(metavar="{self-generate,teacher-logits}"),
+    ]
+    """self-generate MODEL -o DATA.tokens: text. teacher-logits TEACHER -o FILE.logits --data SOURCE: what it answers."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,32 @@ class SelfGenerateOptions:
     """Device of torch: cpu, cuda, cuda:1 …"""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Dtype of the model; auto is float32 on a CPU and as stored elsewhere."""
+
+
+@dataclass(frozen=True)
+class TeacherLogitsOptions:
+    """Ask a teacher once about all of a text, and keep what it answers: signbit data teacher-logits TEACHER -o FILE.logits."""
+
+    teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEACHER")]
+    """Hugging Face model directory or hub id, or a packed model."""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
+    """File to write, NAME.logits; the same command goes on with an unfinished one."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text, as signbit distill has it; weights mean nothing here; may be repeated."""
+    sequence_length: int = 1024
+    """Tokens a block: the --sequence-length of the run that learns from it."""
+    top: int = 64
+    """How many of the likeliest tokens are kept; each takes four bytes (six, of more than 65536 tokens)."""
+    batch: int = 8
+    """Blocks that are asked about at a time."""
+    device: str = "cpu"
+    """Device of torch: cpu, cuda, cuda:1 …"""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Dtype of the teacher; auto is float32 on a CPU and as stored elsewhere."""
+    data_dir: str | None = None
+    """Directory of local copies of named sets in place of the hub."""
+    cache: str | None = None
+    """Directory in which tokenized text is kept and found again; default: data, beside FILE."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +302,10 @@ class _Bars:
             self._stage = stage
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update(done - self._bar.n)
+
+    def tokenizing(self, source: str, done: int, total: int) -> None:
+        """The bar of a source that is tokenized."""
+        self(f"tokenizing {Path(source).name}", done, total, "")
 
     def close(self) -> None:
         """Takes the bar off the screen."""
@@ -446,9 +489,11 @@ def distill(argv: Sequence[str]) -> None:
     bars = _Bars()
     try:
         last = run(
-            Recipe(args.teacher, config, args.data, args.objective, args.train, args.schedule, args.trained),
-            args.out, args.resume, args.data_dir, args.cache,
-            lambda name, done, total: bars(f"tokenizing {Path(name).name}", done, total, ""),
+            Recipe(
+                args.teacher, config, args.data, args.objective, args.train, args.schedule, args.trained,
+                args.teacher_logits,
+            ),
+            args.out, args.resume, args.data_dir, args.cache, bars.tokenizing,
         )  # fmt: skip
     finally:
         bars.close()
@@ -459,24 +504,63 @@ def distill(argv: Sequence[str]) -> None:
 
 
 def data(argv: Sequence[str]) -> None:
+    """`signbit data`."""
+    if argv and argv[0] in _DATA:
+        _DATA[argv[0]](argv[1:])
+        return
+    if argv and argv[0] in ("-h", "--help"):
+        _parse("data", argv, DataOptions)
+    raise OptionError(
+        "signbit data makes what a student learns from: signbit data self-generate MODEL -o DATA.tokens, or "
+        "signbit data teacher-logits TEACHER -o FILE.logits --data SOURCE"
+    )
+
+
+def self_generate(argv: Sequence[str]) -> None:
     """`signbit data self-generate`."""
-    if not argv or argv[0] not in ("self-generate", "-h", "--help"):
-        raise OptionError("signbit data makes training text: signbit data self-generate MODEL -o DATA.tokens")
-    args = _parse("data self-generate", argv[1:] if argv[0] == "self-generate" else argv, SelfGenerateOptions)
-    from signbit.data import self_generate
+    args = _parse("data self-generate", argv, SelfGenerateOptions)
+    from signbit.data import self_generate as write
     from signbit.hub.load import load_any, load_tokenizer
 
     _quiet()
     model, tokenizer = load_any(args.model, args.dtype, args.device), load_tokenizer(args.model)
     bars = _Bars()
     try:
-        made = self_generate(
+        made = write(
             model, tokenizer, args.out, args.sequences, args.sequence_length, args.batch, args.seed,
             lambda done, total: bars("writing", done, total, ""),
         )  # fmt: skip
     finally:
         bars.close()
     print(f"{made.path}: {made.documents:,} sequences, {made.tokens:,} tokens; learn from it: --data {made.path}")
+
+
+def teacher_logits(argv: Sequence[str]) -> None:
+    """`signbit data teacher-logits`."""
+    args = _parse("data teacher-logits", argv, TeacherLogitsOptions)
+    if not args.data:
+        raise OptionError(
+            "what is the teacher asked about? give --data FILE (.txt, .jsonl, .parquet, .tokens), or a named set"
+        )
+    from signbit.hub.distill import teacher_logits as write
+
+    _quiet()
+    bars = _Bars()
+    try:
+        made = write(
+            args.teacher, args.data, args.out, args.sequence_length, args.top, args.batch, args.device, args.dtype,
+            args.data_dir, args.cache, bars.tokenizing, lambda done, total: bars("asking", done, total, ""),
+        )  # fmt: skip
+    finally:
+        bars.close()
+    print(
+        f"{made.path}: the {made.top} likeliest of {made.vocabulary} tokens behind each of {made.blocks * made.length:,}, "
+        f"{_bytes(made.path.stat().st_size)}; learn from it: --teacher-logits {made.path} --sequence-length {made.length}"
+    )
+
+
+#: What `signbit data` makes.
+_DATA = {"self-generate": self_generate, "teacher-logits": teacher_logits}
 
 
 def pack(argv: Sequence[str]) -> None:
@@ -703,7 +787,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
     "distill": (distill, DistillOptions),
     "pack": (pack, PackOptions),
-    "data": (data, SelfGenerateOptions),
+    "data": (data, DataOptions),
     "info": (info, InfoOptions),
     "eval": (evaluate, EvalOptions),
     "generate": (generate, PromptOptions),

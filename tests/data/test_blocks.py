@@ -808,6 +808,17 @@ def test_a_partial_file_of_nobody(llama, tokenizer, tmp_path):
         generate(llama, tokenizer, tmp_path / "own.tokens")
 
 
+def test_a_partial_file_that_was_cut(llama, tokenizer, tmp_path):
+    """It would be made longer by zeros, which are tokens too."""
+    path = tmp_path / "own.tokens"
+    recipe = generate(llama, tokenizer, path).recipe
+    (tmp_path / "own.tokens.partial.json").write_text(json.dumps({**recipe, "done": 4}))
+    (tmp_path / "own.tokens.partial").write_bytes(path.read_bytes()[: 4 * 24 - 1])
+    path.unlink()
+    with pytest.raises(DataError, match=r"own\.tokens\.partial is shorter than .*partial\.json says"):
+        generate(llama, tokenizer, path)
+
+
 def test_the_mode_of_the_model_comes_back(tokenizer, tmp_path):
     from tests.conftest import tiny_llama_config
     from transformers import LlamaForCausalLM

@@ -99,11 +99,14 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        source, block = self.locate(index)
+        return {"input_ids": self.ids(*self.locate(index))}
+
+    def ids(self, source: int, block: int) -> Tensor:
+        """Token ids int64 [length] of a block of a file."""
         if source not in self._arrays:
             self._arrays[source] = self.files[source].open()
         ids = self._arrays[source][block * self.length : (block + 1) * self.length]
-        return {"input_ids": torch.from_numpy(ids.astype(np.int64))}
+        return torch.from_numpy(ids.astype(np.int64))
 
     def locate(self, index: int) -> tuple[int, int]:
         """Which file, and which block of it, item `index` is; raises IndexError outside of the `count` items."""

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +16,15 @@ from signbit.data.tokenfile import (
     TokenFile,
     as_bytes,
     boundary_id,
-    description,
     id_type,
     read_token_file,
     tokenizer_digest,
     vocabulary_size,
     write_description,
-    write_json,
 )
+from signbit.data.unfinished import check_same, evaluating, unfinished
 from signbit.data.writing import continued
-from signbit.errors import DataError, OptionError
+from signbit.errors import OptionError
 
 
 @torch.no_grad()
@@ -67,21 +61,14 @@ def self_generate(
     }  # fmt: skip
     if path.exists():
         found = read_token_file(path)
-        _check_same(path, dict(found.recipe), recipe)
+        check_same(path, found.recipe, recipe)
         return found
-    with _partial(path, recipe) as (stream, done):
-        # What a kill left of a batch is not looked at.
-        stream.truncate(done * length * np.dtype(dtype).itemsize)
-        while done < sequences:
-            rows = _batch(model, min(batch, sequences - done), length, vocabulary, seed, done // batch)
-            with _explained(path):
-                stream.write(as_bytes(rows, dtype))
-                stream.flush()
-                os.fsync(stream.fileno())
-            done += len(rows)
-            write_json(description(_partial_path(path)), {**recipe, "done": done})
+    with unfinished(path, recipe, length * np.dtype(dtype).itemsize) as file:
+        while file.done < sequences:
+            rows = _batch(model, min(batch, sequences - file.done), length, vocabulary, seed, file.done // batch)
+            file.add(as_bytes(rows, dtype), len(rows))
             if progress is not None:
-                progress(done, sequences)
+                progress(file.done, sequences)
         source, boundary = "written by the model", boundary_id(tokenizer)
         made = TokenFile(path, source, sequences, sequences * length, dtype, boundary, digest, length, recipe)
         write_description(made)
@@ -94,21 +81,9 @@ def _batch(model: Any, count: int, length: int, vocabulary: int, seed: int, numb
     generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little"))
     first = torch.randint(vocabulary, (count, 1), generator=generator)
     greedy = int(torch.randint(3, 6, (1,), generator=generator))
-    with _evaluating(model):
+    with evaluating(model):
         rows = continued(model, first.to(next(model.parameters()).device), greedy, length, generator)
     return torch.stack(rows).numpy()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout, whose draws a resumed run would not repeat; each module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check(model: Any, path: Path, sequences: int, length: int, batch: int) -> None:
@@ -133,59 +108,3 @@ def _model_digest(model: Any) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_same(path: Path, found: dict[str, Any], recipe: dict[str, Any]) -> None:
-    other = [name for name, value in recipe.items() if found.get(name) != value]
-    if other:
-        differ = ", ".join(
-            name if name in ("model", "tokenizer") else f"{name} {found.get(name)}, not {recipe[name]}"
-            for name in other
-        )
-        raise DataError(f"{path} is another run's ({differ}); give another path, or delete it to begin anew")
-
-
-@contextmanager
-def _partial(path: Path, recipe: dict[str, Any]) -> Iterator[tuple[BinaryIO, int]]:
-    """PATH.partial, locked, and how many rows of this recipe stand in it; becomes `path` when the block ends well."""
-    partial = _partial_path(path)
-    state = description(partial)
-    with ExitStack() as stack:
-        with _explained(partial):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(partial.open("ab"))
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another process writes {partial}; wait for it, or give another path") from None
-            done = _rows_done(partial, recipe) if partial.stat().st_size else 0
-        if not done:
-            write_json(state, {**recipe, "done": 0})
-        yield stream, done
-        with _explained(partial):
-            partial.replace(path)
-            state.unlink()
-
-
-def _rows_done(partial: Path, recipe: dict[str, Any]) -> int:
-    try:
-        found = json.loads(description(partial).read_bytes())
-        done = int(found.pop("done"))
-    except (ValueError, KeyError, AttributeError, FileNotFoundError):
-        raise DataError(
-            f"{description(partial)} does not say what {partial} holds; delete both to begin anew"
-        ) from None
-    _check_same(partial, found, recipe)
-    return done
-
-
-def _partial_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}); give another path") from error

@@ -50,16 +50,17 @@ class TokenFile:
 
     def open(self) -> np.ndarray:
         """The ids [tokens], mapped from the disk, read-only."""
-        return np.memmap(self.path, _on_disk(self.dtype), mode="r", shape=(self.tokens,))
+        return np.memmap(self.path, on_disk(self.dtype), mode="r", shape=(self.tokens,))
 
 
-def _on_disk(dtype: str) -> np.dtype:
+def on_disk(dtype: str) -> np.dtype:
+    """A dtype as it stands in a file: little-endian."""
     return np.dtype(dtype).newbyteorder("<")
 
 
 def as_bytes(ids: Any, dtype: str) -> bytes:
     """Ids (a list or an array) as they stand in a file."""
-    return np.asarray(ids, dtype=_on_disk(dtype)).tobytes()
+    return np.asarray(ids, dtype=on_disk(dtype)).tobytes()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

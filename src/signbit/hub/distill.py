@@ -1,11 +1,12 @@
-"""From a teacher's directory to a run's, and from a run's to a packed one."""
+"""From a teacher's directory to its logits on the disk and to a run's, and from a run's to a packed one."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,25 @@ from accelerate import PartialState, init_empty_weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from signbit.data import Blocks, TrainingData, token_file
+from signbit.data import (
+    Blocks,
+    TaughtBlocks,
+    TeacherLogits,
+    TokenFile,
+    TrainingData,
+    check_logits_name,
+    read_teacher_logits,
+    token_file,
+    write_teacher_logits,
+)
+from signbit.data.calibration import Progress
+from signbit.data.tokenfile import tokenizer_digest
 from signbit.errors import FormatError, OptionError, TrainingError
 from signbit.hub.config import SignbitConfig
 from signbit.hub.load import load_any, load_tokenizer
 from signbit.hub.quantizer import finish_
 from signbit.hub.save import save
+from signbit.hub.stream import source_digests
 from signbit.linear import PackedLinear
 from signbit.methods import METHODS
 from signbit.methods.base import find_method
@@ -40,6 +54,8 @@ from signbit.train.plot import plot_run
 from signbit.version import VERSION
 
 RUN = "run.json"
+#: Called with the name of a source, how much of it is tokenized, and how much there is.
+Tokenizing = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,14 @@ class Recipe:
     options: TrainOptions
     schedule: Schedule
     trained: Trained
+    teacher_logits: str | None = None
+    """File of what the teacher answers to the data, in the place of the teacher beside the student."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_logits is not None:
+            check_logits_name(self.teacher_logits)
+            self.objective.check_top()
+            self.options.check_top()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -92,19 +116,21 @@ def _dense(name: str, device: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def _data(
-    recipe: Recipe,
-    tokenizer: Any,
-    folder: Path,
-    data_dir: str | None,
-    progress: Callable[[str, int, int | None], None] | None,
-) -> tuple[Blocks, Blocks | None]:
-    options, sources = recipe.options, TrainingData.parse(recipe.data)
+def _files(
+    sources: TrainingData, tokenizer: Any, folder: Path, data_dir: str | None, progress: Tokenizing | None
+) -> list[TokenFile]:
     files = []
     for source in sources.sources:
         step = None if progress is None else functools.partial(progress, source.name)
         files.append(token_file(tokenizer, source, folder, data_dir, step))
-    weights = sources.weights
+    return files
+
+
+def _data(
+    recipe: Recipe, tokenizer: Any, folder: Path, data_dir: str | None, progress: Tokenizing | None
+) -> tuple[Blocks, Blocks | None]:
+    options, sources = recipe.options, TrainingData.parse(recipe.data)
+    files, weights = _files(sources, tokenizer, folder, data_dir, progress), sources.weights
     steps = options.max_steps if options.max_steps is not None else 10_000_000
     held = options.validation_blocks
     train = Blocks(files, options.sequence_length, steps * options.batch_size, weights, options.seed, "train", held)
@@ -113,50 +139,99 @@ def _data(
     return train, Blocks(files, options.sequence_length, held * len(files), weights, options.seed, "validation", held)
 
 
+def _model_digest(model: str) -> str:
+    """SHA-256, in hex, of what decides what a model answers: its config and weights, or the commit of a hub model."""
+    parts = source_digests(model).items()
+    decides = {k: v for k, v in parts if k.endswith((".safetensors", ".bin")) or k in ("config.json", "commit", "id")}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def teacher_logits(
+    teacher: str,
+    data: Sequence[str],
+    out: str | Path,
+    length: int,
+    top: int = 64,
+    batch: int = 8,
+    device: str = "cpu",
+    dtype: str = "auto",
+    data_dir: str | None = None,
+    cache: str | Path | None = None,
+    tokenizing: Tokenizing | None = None,
+    progress: Progress | None = None,
+) -> TeacherLogits:
+    """Writes what `teacher` answers to all of `data` to the file `out` (.logits); opens it if it is there.
+
+    `data` are sources as `distill` has them, whose weights mean nothing here. `cache` is where token files are kept
+    (default: data, beside `out`). Raises what `write_teacher_logits` raises.
+    """
+    check_logits_name(out)
+    sources = TrainingData.parse(data)
+    model, tokenizer = load_any(teacher, dtype, device), load_tokenizer(teacher)
+    folder = Path(cache) if cache else Path(out).parent / "data"
+    files = _files(sources, tokenizer, folder, data_dir, tokenizing)
+    return write_teacher_logits(model, _model_digest(teacher), files, out, length, top, batch, progress)
+
+
 def distill(
     recipe: Recipe,
     out: str | Path,
     resume: bool = False,
     data_dir: str | None = None,
     cache: str | Path | None = None,
-    progress: Callable[[str, int, int | None], None] | None = None,
+    progress: Tokenizing | None = None,
 ) -> Path | None:
     """Trains a student of `recipe.teacher` as the recipe says, in the directory `out`; returns its last checkpoint.
 
     Of several processes the first returns it, the others None. `resume` goes on at the newest complete checkpoint. `cache`
     is where token files are kept (default: out/data).
-    Raises TrainingError for a directory that holds another run, or none to go on with, and for a run that cannot go on.
+    Raises TrainingError for a directory that holds another run, or none to go on with, and for a run that cannot go on;
+    DataError for teacher's logits of another model, or of other text.
     """
     out = Path(out)
     _check_devices()
     checkpoint = _check_run(recipe, out, resume)
     budget = Budget(recipe.options.max_steps, recipe.options.max_minutes)
     tokenizer = load_tokenizer(recipe.teacher)
+    logits = None if recipe.teacher_logits is None else read_teacher_logits(recipe.teacher_logits)
+    if logits is not None:
+        logits.check(_model_digest(recipe.teacher), tokenizer_digest(tokenizer), recipe.options.sequence_length)
     where = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(cache) if cache else out / "data"
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find what it made
         data, validation = _data(recipe, tokenizer, folder, data_dir, progress)
     tokens = [file.path.name for file in data.files]  # which tell its content
-    if resume and (before := json.loads((out / RUN).read_text())["tokens"]) != tokens:
-        raise TrainingError(f"{out} is another run: the text has changed since ({before} there, {tokens} here)")
+    told = None if logits is None else {"file": str(logits.path), **logits.recipe()}
+    if resume:
+        before = json.loads((out / RUN).read_text())
+        if before["tokens"] != tokens:
+            raise TrainingError(
+                f"{out} is another run: the text has changed since ({before['tokens']} there, {tokens} here)"
+            )
+        _check_same_logits(out, before.get("teacher_logits") or {}, told or {})
     torch.manual_seed(recipe.options.seed)
     student = _dense(recipe.teacher, where, torch.float32)
     method = find_method(METHODS, recipe.config.method)
     report = start_training_(student, method, recipe.config.plan, recipe.trained)
     teacher = None
-    if recipe.objective.needs_teacher:
+    if recipe.objective.needs_teacher and logits is None:
         small = torch.bfloat16 if where != "cpu" and recipe.options.precision != "float32" else torch.float32
         teacher = _dense(recipe.teacher, where, small)
     if recipe.objective.kd_gamma > 0:
         for model in (student, teacher):
             if model is not None:
                 model.set_attn_implementation("eager")
+    blocks: tuple[Any, Any] = data, validation
+    if logits is not None:
+        blocks = TaughtBlocks(data, logits), None if validation is None else TaughtBlocks(validation, logits)
     trainer = DistillTrainer(
-        student, teacher, recipe.objective, recipe.options, recipe.schedule, budget, data, validation, out
-    )
+        student, teacher, recipe.objective, recipe.options, recipe.schedule, budget, *blocks, out,
+        None if logits is None else logits.vocabulary,
+    )  # fmt: skip
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(out / "tokenizer")
-        described = {**recipe.to_dict(), "engine": trainer.engine, "tokens": tokens, "report": asdict(report)}
+        described = {**recipe.to_dict(), "engine": trainer.engine, "tokens": tokens, "teacher_logits": told}
+        described["report"] = asdict(report)
         (out / RUN).write_text(json.dumps(described, indent=2) + "\n")
     trainer.run(checkpoint)
     if not trainer.is_world_process_zero():
@@ -200,6 +275,15 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
                 differs = f"{keys[0]} ({before[part].get(keys[0])!r} there, {now[part][keys[0]]!r} here)"
             raise TrainingError(f"{out} is another run: {differs} differs; give the same options, or another directory")
     return last_checkpoint(out)
+
+
+def _check_same_logits(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differ = [name for name in {**before, **now} if name != "file" and before.get(name) != now.get(name)]
+    if differ:
+        instead = f"give --teacher-logits {before['file']} as it was" if before else "leave out --teacher-logits"
+        raise TrainingError(
+            f"{out} is another run: the teacher's logits differ ({', '.join(differ)}); {instead}, or give another directory"
+        )
 
 
 def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str = "float32") -> tuple[Path, int]:

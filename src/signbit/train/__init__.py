@@ -7,11 +7,13 @@ from signbit.train.muon import Muon, Together, orthogonalized
 from signbit.train.objectives import (
     Head,
     Objective,
+    Top,
     attention_distance,
     hidden_distance,
     kl_divergence,
     output_loss,
     soft_cross_entropy,
+    top_kl_divergence,
 )
 from signbit.train.outputs import States, head_of
 from signbit.train.students import Flips, Packed, Trained, binary_layers, latents, pack_training_, start_training_
@@ -29,6 +31,7 @@ __all__ = [
     "Schedule",
     "States",
     "Together",
+    "Top",
     "TrainOptions",
     "Trained",
     "attention_distance",
@@ -43,4 +46,5 @@ __all__ = [
     "pack_training_",
     "soft_cross_entropy",
     "start_training_",
+    "top_kl_divergence",
 ]

@@ -6,6 +6,7 @@ softmax(z/τ) of their logits z.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -68,6 +69,26 @@ class Objective:
         """Whether hidden states are compared at any time of a run."""
         return self.kd_beta > 0 or bool(self.kd_beta_last)
 
+    def check_top(self) -> None:
+        """Raises OptionError unless a teacher's likeliest tokens are all that the loss looks at of it."""
+        looks_at = {
+            "kd_beta": self.kd_beta > 0,
+            "kd_beta_last": bool(self.kd_beta_last),
+            "kd_gamma": self.kd_gamma > 0,
+            "kd_direction": self.kd_direction != "forward",
+            "kd_temperature": self.kd_temperature != 1,
+        }
+        for name, there in looks_at.items():
+            if there:
+                raise OptionError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} needs the teacher itself: its logits on the disk give "
+                    "the forward KL at temperature 1. Leave it out, or leave out --teacher-logits"
+                )
+        if not self.needs_teacher:
+            raise OptionError(
+                "the objective looks at no teacher (kd_alpha · kd_loss_scale is 0); leave out --teacher-logits"
+            )
+
     def hidden_weight(self, done: float) -> float:
         """kd_beta where the share `done` of the budget is used."""
         last = self.kd_beta if self.kd_beta_last is None else self.kd_beta_last
@@ -95,6 +116,51 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     `student` and `teacher` are logits [T, V]; the result is float32 [T].
     """
     return -(F.softmax(teacher.float(), dim=-1) * F.log_softmax(student.float(), dim=-1)).sum(-1)
+
+
+class Top(NamedTuple):
+    """A teacher's K likeliest next tokens: `ids` integers [T, K], no id twice, and `log_p` [T, K], their log-probabilities."""
+
+    ids: Tensor
+    log_p: Tensor
+
+
+def top_kl_divergence(student: Tensor, top: Top) -> Tensor:
+    """Σᵢ pᵢ·(log pᵢ − log qᵢ) + p_r·(log p_r − log q_r) of each token: KL over the K tokens i of `top` and "any other".
+
+    p_r = 1 − Σᵢ pᵢ and q_r = 1 − Σᵢ qᵢ. Calling several tokens one outcome never raises a divergence (data-processing
+    inequality; Cover and Thomas, Elements of Information Theory, theorem 2.7.1), so this is at most KL(p ‖ q), and equal to it
+    at K = V. `student` is logits [T, V], the result float32 [T]. Probabilities whose rounding leaves Σᵢ pᵢ over 1, or at
+    K = V other than 1, are divided by their sum.
+    """
+    return _with_rest(student.float(), top).kl
+
+
+class _Merged(NamedTuple):
+    kl: Tensor
+    p: Tensor
+    """[T, K]."""
+    rest: Tensor | None
+    """p_r·q_v/q_r of each token v outside of the top, 0 in it [T, V]; None where nothing is left, K = V."""
+
+
+def _with_rest(logits: Tensor, top: Top) -> _Merged:
+    ids, log_p = top.ids.long(), top.log_p.float()
+    everything = ids.shape[1] == logits.shape[1]
+    mass = log_p.logsumexp(-1, keepdim=True)
+    over = mass if everything else mass.clamp_min(0)
+    log_p = log_p - over
+    p = log_p.exp()
+    total = logits.logsumexp(-1, keepdim=True)
+    kl = (p * (log_p - logits.gather(1, ids) + total)).sum(-1)
+    if everything:
+        return _Merged(kl, p, None)
+    # q_r is summed over the others: 1 − Σ qᵢ would be rounding, or 0, for a student that is sure.
+    others = logits.scatter(1, ids, -math.inf)
+    others_total = others.logsumexp(-1, keepdim=True)
+    p_r = -torch.expm1(mass - over)
+    kl = kl + (torch.xlogy(p_r, p_r) - p_r * (others_total - total))[:, 0]
+    return _Merged(kl, p, p_r * (others - others_total).exp())
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -154,23 +220,27 @@ def output_loss(
     chunk: int = CHUNK_TOKENS,
     compiled: bool = False,
     dtype: torch.dtype | None = None,
+    top: Top | None = None,
 ) -> OutputLoss:
     """kl_weight · mean KL + ar_weight · mean cross-entropy, the logits of at most `chunk` tokens in memory at a time.
 
     `student` and `teacher` are last hidden states [T, H]; `labels` int64 [T], −100 where there is none. The gradient for
     hidden states and, if it is trained, the head's weight is formed with the loss, chunk by chunk. Logits are multiplied in
-    `dtype` (None: that of the hidden states), their softmax is float32.
+    `dtype` (None: that of the hidden states), their softmax is float32. `top` in the place of `teacher`: the KL is
+    `top_kl_divergence`. Raises OptionError if `objective` asks for more of the teacher (`Objective.check_top`).
     """
+    if top is not None:
+        objective.check_top()
     step = compiled_once(_chunk) if compiled else _chunk
     total, kl, cross = _ChunkedLoss.apply(
         student, head.weight, head.bias, head, teacher, teacher_head, labels, kl_weight, ar_weight, objective, chunk, step,
-        dtype or student.dtype,
+        dtype or student.dtype, top,
     )  # fmt: skip
     return OutputLoss(total, kl, cross)
 
 
 def _chunk(
-    hidden: Tensor, head: Head, teacher: Tensor | None, teacher_head: Head | None, labels: Tensor | None,
+    hidden: Tensor, head: Head, teacher: Tensor | None, teacher_head: Head | None, top: Top | None, labels: Tensor | None,
     kl_weight: Tensor, ar_weight: Tensor, direction: str, temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of a chunk: Σ KL, Σ cross-entropy, and the gradient of their weighted sum for the logits."""
@@ -194,6 +264,12 @@ def _chunk(
             kl, own = (forward + reverse).sum() / 2, (of_forward + of_reverse) / 2
         kl = kl * temperature**2
         grad = grad + own * (kl_weight * temperature)
+    elif top is not None:
+        merged = _with_rest(logits, top)
+        # The gradient for z_v: q_v − [v in the top]·p_v − [v outside]·p_r·q_v/q_r.
+        own = F.softmax(logits, dim=-1).scatter_add(1, top.ids.long(), -merged.p)
+        kl = merged.kl.sum()
+        grad = grad + (own if merged.rest is None else own - merged.rest) * kl_weight
     if labels is not None:
         log_q = F.log_softmax(logits, dim=-1)
         there = (labels >= 0).float()
@@ -215,7 +291,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, weight: Tensor, bias: Tensor | None, head: Head, teacher: Tensor | None,
         teacher_head: Head | None, labels: Tensor | None, kl_weight: float, ar_weight: float, objective: Objective,
-        chunk: int, step: _Chunk, dtype: torch.dtype,
+        chunk: int, step: _Chunk, dtype: torch.dtype, top: Top | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         device = student.device.type
         tokens = student.shape[0]
@@ -238,6 +314,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 hidden = student[part].detach().to(dtype)
                 some, more, grad = step(
                     hidden, ours, None if teacher is None else teacher[part].to(dtype), theirs,
+                    None if top is None else Top(*(values[part] for values in top)),
                     None if labels is None else labels[part], *factors, objective.kd_direction, objective.kd_temperature,
                 )  # fmt: skip
                 kl, cross = kl + some, cross + more
@@ -258,4 +335,4 @@ class _ChunkedLoss(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         weight = None if of_weight is None else (of_weight * grads[0]).to(ctx.dtypes[0])
         bias = None if of_bias is None else (of_bias * grads[0]).to(ctx.dtypes[1])
-        return of_hidden * grads[0].to(of_hidden.dtype), weight, bias, *(None,) * 10
+        return of_hidden * grads[0].to(of_hidden.dtype), weight, bias, *(None,) * 11

@@ -30,7 +30,7 @@ from signbit.train.compiling import compiled, compiled_once
 from signbit.train.divided import local, whole
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
-from signbit.train.objectives import Head, Objective, attention_distance, hidden_distance, output_loss
+from signbit.train.objectives import Head, Objective, Top, attention_distance, hidden_distance, output_loss
 from signbit.train.outputs import States, head_of
 from signbit.train.students import Flips, latents
 
@@ -105,11 +105,20 @@ class TrainOptions:
         if self.optim == "muon" and not hasattr(torch.optim, "Muon"):
             raise OptionError(f"muon needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw_torch")
 
+    def check_top(self) -> None:
+        """Raises OptionError where a step cannot be given a teacher's likeliest tokens."""
+        if self.cuda_graph:
+            raise OptionError(
+                "--cuda-graph gives its step token ids alone, and not the teacher's logits; leave it out, or leave out "
+                "--teacher-logits"
+            )
+
 
 class DistillTrainer(Trainer):
     """transformers' Trainer for a student of binary layers and, if the objective looks at one, a teacher beside it.
 
-    The teacher stands beside the student and is no part of it: it is neither trained nor saved with it.
+    The teacher stands beside the student and is no part of it: it is neither trained nor saved with it. In its place
+    each item of the data may hold its likeliest tokens (top_ids, top_log_p [T, K]), of a vocabulary of `top_vocabulary`.
     """
 
     def __init__(
@@ -123,13 +132,17 @@ class DistillTrainer(Trainer):
         data: Dataset,
         validation: Dataset | None,
         out: Path,
+        top_vocabulary: int | None = None,
     ) -> None:
-        if objective.needs_teacher and teacher is None:
+        if top_vocabulary is not None:
+            objective.check_top()
+            options.check_top()
+        elif objective.needs_teacher and teacher is None:
             raise OptionError("the objective looks at a teacher, and there is none")
         self.optimizer: Any
         self.lr_scheduler: Any
         self.objective, self.options, self.schedule, self.budget = objective, options, schedule, budget
-        self.teacher = teacher
+        self.teacher, self._taught_by_top = teacher, top_vocabulary is not None
         self.out = out
         self._data = data
         self._parts: dict[str, Tensor] = {}
@@ -196,11 +209,12 @@ class DistillTrainer(Trainer):
             teacher.eval().requires_grad_(False)
             assert self._taught is not None
             self.teacher_head = head_of(teacher, self._taught)
-            if self.teacher_head.weight.shape[0] != self.head.weight.shape[0]:
-                raise OptionError(
-                    f"the teacher has {self.teacher_head.weight.shape[0]} tokens in its vocabulary and the student "
-                    f"{self.head.weight.shape[0]}; they must share one tokenizer"
-                )
+        theirs = top_vocabulary if self.teacher_head is None else self.teacher_head.weight.shape[0]
+        if theirs not in (None, self.head.weight.shape[0]):
+            raise OptionError(
+                f"the teacher has {theirs} tokens in its vocabulary and the student {self.head.weight.shape[0]}; they must "
+                "share one tokenizer"
+            )
         if self._halves:
             # The stream that blocks add to is in the dtype that they multiply in; norms still compute in float32.
             student.get_input_embeddings().register_forward_hook(lambda module, given, out: out.bfloat16())
@@ -219,14 +233,17 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective on a batch of token ids [B, T]."""
+        """The objective on a batch of token ids [B, T], and of the teacher's likeliest tokens if it is taught by those."""
         weight = self.objective.hidden_weight(self.budget.done(self.state.global_step))
-        loss, parts = self._losses(model, inputs["input_ids"], weight)
+        top = Top(inputs["top_ids"], inputs["top_log_p"]) if self._taught_by_top else None
+        loss, parts = self._losses(model, inputs["input_ids"], weight, top)
         if model.training:
             self._note(parts)
         return (loss, parts) if return_outputs else loss
 
-    def _losses(self, model: nn.Module, ids: Tensor, hidden_weight: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(
+        self, model: nn.Module, ids: Tensor, hidden_weight: float | Tensor, top: Top | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with its gradient, and its parts without."""
         objective = self.objective
         how = {"input_ids": ids, "use_cache": False, **_ONE_LOGIT}
@@ -254,7 +271,7 @@ class DistillTrainer(Trainer):
             last.reshape(-1, last.shape[-1]), self._head(), taught_last if kl_weight > 0 else None,
             self.teacher_head if kl_weight > 0 and taught is not None else None, labels, kl_weight,
             1 - objective.kd_alpha, objective, dtype=torch.bfloat16 if self._halves else None,
-            compiled=self.options.compile,
+            compiled=self.options.compile, top=None if top is None else Top(*(part.flatten(0, 1) for part in top)),
         )  # fmt: skip
         loss, parts = found.total, {"kl": found.kl, "cross_entropy": found.cross_entropy}
         if objective.looks_at_hidden and taught is not None:
@@ -412,4 +429,4 @@ _ONE_LOGIT = {"logits_to_keep": 1}
 
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
