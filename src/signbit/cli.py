@@ -303,7 +303,7 @@ class _Bars:
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def tokenizing(self, source: str, done: int, total: int) -> None:
+    def tokenizing(self, source: str, done: int, total: int | None) -> None:
         """The bar of a source that is tokenized."""
         self(f"tokenizing {Path(source).name}", done, total, "")
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 import signbit
 from signbit.cli import main
 from signbit.errors import OptionError, SignbitError, TrainingError
+from signbit.hub import distill as distill_module
 from signbit.hub.distill import RUN, pack
 from signbit.hub.load import load_any
+from signbit.linear import Int8Head
 from signbit.methods import METHODS
 from signbit.ptq import Plan
 from signbit.train import (
@@ -457,6 +459,38 @@ def test_a_packed_teacher_may_teach(llama_dir, text, tmp_path, capsys):
     assert main(f"quantize {llama_dir} -o {tmp_path}/packed --method absmean".split()) == 0
     assert run(f"{tmp_path}/packed", text, tmp_path / "run", steps=2) == 0, capsys.readouterr().err
     assert main(f"pack {tmp_path}/run -o {tmp_path}/again".split()) == 0, capsys.readouterr().err
+
+
+def test_a_teacher_in_eight_bits_teaches_nearly_the_same(llama_dir, text, tmp_path, monkeypatch):
+    seen = []
+    made = distill_module._teacher
+    monkeypatch.setattr(distill_module, "_teacher", lambda *given: seen.append(made(*given)) or seen[-1])
+    for kept in ("float32", "int8"):
+        assert run(llama_dir, text, tmp_path / kept, "--teacher-dtype", kept, "--kd-beta", "1") == 0
+    assert sum(isinstance(module, Int8Head) for module in seen[1].modules()) == 14
+    assert not any(isinstance(module, Int8Head) for module in seen[0].modules())
+    for line, other in zip(metrics(tmp_path / "float32"), metrics(tmp_path / "int8"), strict=True):
+        if "hidden" in line:
+            assert other["hidden"] == pytest.approx(line["hidden"], rel=0.25)
+    assert metrics(tmp_path / "int8")[0]["hidden"] != metrics(tmp_path / "float32")[0]["hidden"]
+
+
+def test_a_teachers_device_that_is_not_there_is_refused(llama_dir, text, tmp_path, capsys):
+    assert run(llama_dir, text, tmp_path / "run", "--teacher-device", "cuda:7") == 1
+    assert "the device 'cuda:7' cannot be used here" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_teacher_may_stand_elsewhere(llama_dir, text, tmp_path, capsys):
+    more = ("--kd-beta", "1", "--precision", "float32")
+    assert run(llama_dir, text, tmp_path / "here", *more) == 0
+    assert run(llama_dir, text, tmp_path / "there", "--teacher-device", "cpu", *more) == 0
+    for line, other in zip(metrics(tmp_path / "here"), metrics(tmp_path / "there"), strict=True):
+        if "hidden" in line:
+            assert other["hidden"] == pytest.approx(line["hidden"], rel=1e-3)
+    assert run(llama_dir, text, tmp_path / "graph", "--teacher-device", "cpu", "--cuda-graph") == 1
+    assert "needs the teacher on the student's device" in capsys.readouterr().err
 
 
 def test_a_student_learns_from_what_its_teacher_wrote(llama_dir, tmp_path, capsys):

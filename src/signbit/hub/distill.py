@@ -31,13 +31,15 @@ from signbit.data.calibration import Progress
 from signbit.data.tokenfile import tokenizer_digest
 from signbit.errors import FormatError, OptionError, TrainingError
 from signbit.hub.config import SignbitConfig
-from signbit.hub.load import load_any, load_tokenizer
+from signbit.hub.load import load_any, load_tokenizer, torch_device
 from signbit.hub.quantizer import finish_
 from signbit.hub.save import save
 from signbit.hub.stream import source_digests
-from signbit.linear import PackedLinear
+from signbit.linear import Int8Head, PackedLinear
 from signbit.methods import METHODS
 from signbit.methods.base import find_method
+from signbit.models import set_module
+from signbit.models.structure import find_blocks
 from signbit.train import (
     METRICS,
     Budget,
@@ -197,6 +199,8 @@ def distill(
     if logits is not None:
         logits.check(_model_digest(recipe.teacher), tokenizer_digest(tokenizer), recipe.options.sequence_length)
     where = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.options.teacher_device is not None:
+        torch_device(recipe.options.teacher_device)
     folder = Path(cache) if cache else out / "data"
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find what it made
         data, validation = _data(recipe, tokenizer, folder, data_dir, progress)
@@ -215,8 +219,7 @@ def distill(
     report = start_training_(student, method, recipe.config.plan, recipe.trained)
     teacher = None
     if recipe.objective.needs_teacher and logits is None:
-        small = torch.bfloat16 if where != "cpu" and recipe.options.precision != "float32" else torch.float32
-        teacher = _dense(recipe.teacher, where, small)
+        teacher = _teacher(recipe.teacher, recipe.options, where)
     if recipe.objective.kd_gamma > 0:
         for model in (student, teacher):
             if model is not None:
@@ -240,6 +243,21 @@ def distill(
     last = last_checkpoint(out)
     assert last is not None
     return last
+
+
+def _teacher(name: str, options: TrainOptions, where: str) -> Any:
+    """The model to learn from, where and in what the options say."""
+    device, kept = options.teacher_device or where, options.teacher_dtype
+    halves = torch.device(device).type != "cpu" and options.precision != "float32"
+    chosen = torch.bfloat16 if halves else torch.float32
+    teacher = _dense(name, device, chosen if kept in ("auto", "int8") else getattr(torch, kept))
+    if kept == "int8":
+        prefix, blocks = find_blocks(teacher)
+        for path, module in list(blocks.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                codes = Int8Head(*Int8Head.quantize(module.weight), module.bias)
+                set_module(teacher, f"{prefix}.{path}", codes)
+    return teacher
 
 
 def _check_devices() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from signbit.errors import OptionError, StructureError
-from signbit.linear import BinaryLinear, PackedLinear
+from signbit.linear import BinaryLinear, Int8Head, PackedLinear
 from signbit.models.experts import Experts, expert_names, fused_experts
 from signbit.models.replace import set_module
 from signbit.models.report import Decision, kind_of
@@ -139,7 +139,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         inside = any(name.startswith(f"{other}.") for other in outermost)
         if not isinstance(module, nn.ModuleList) or inside:
             continue
-        if any(_is_linear(child) or isinstance(child, (PackedLinear, BinaryLinear)) for child in module.modules()):
+        if any(
+            _is_linear(child) or isinstance(child, (PackedLinear, BinaryLinear, Int8Head)) for child in module.modules()
+        ):
             outermost[name] = module
     if not outermost:
         raise StructureError(

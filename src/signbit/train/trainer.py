@@ -63,6 +63,11 @@ class TrainOptions:
     """Norm to which gradients are cut (with muon those of AdamW's parameters: Muon's updates have a size of their own)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What is multiplied in: auto is bfloat16 on a GPU, float32 on a CPU. Latents and optimizers stay float32."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """What the teacher is kept in: auto is bfloat16 on a GPU, float32 on a CPU; int8 keeps the linears of its blocks as
+    8-bit codes with a scale a row."""
+    teacher_device: str | None = None
+    """Device of the teacher (cuda:1, cpu) if it is not to be the student's."""
     compile: bool = False
     """Compile each block by torch.compile."""
     cuda_graph: bool = False
@@ -85,6 +90,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
+        check_choice("teacher_dtype", self.teacher_dtype, ("auto", "float32", "bfloat16", "int8"))
         for name, least in (
             ("sequence_length", 2), ("batch_size", 1), ("accumulation", 1), ("log_every", 1), ("save_every", 1),
             ("keep_checkpoints", 1), ("validation_blocks", 0),
@@ -207,8 +213,14 @@ class DistillTrainer(Trainer):
         self.teacher_head: Head | None = None
         if teacher is not None:
             teacher.eval().requires_grad_(False)
+            self._teacher_device = next(teacher.parameters()).device
+            if options.cuda_graph and self._teacher_device != self.args.device:
+                raise OptionError("--cuda-graph needs the teacher on the student's device; leave out --teacher-device")
             assert self._taught is not None
-            self.teacher_head = head_of(teacher, self._taught)
+            told = head_of(teacher, self._taught)
+            here = self.args.device
+            bias = None if told.bias is None else told.bias.to(here)
+            self.teacher_head = told._replace(weight=told.weight.to(here), bias=bias)
         theirs = top_vocabulary if self.teacher_head is None else self.teacher_head.weight.shape[0]
         if theirs not in (None, self.head.weight.shape[0]):
             raise OptionError(
@@ -256,9 +268,10 @@ class DistillTrainer(Trainer):
         taught = taught_last = None
         if self._taught is not None and self.teacher is not None and objective.needs_teacher:
             with torch.no_grad(), self._taught.listening():
-                taught = self.teacher(**how)
+                taught = self.teacher(**{**how, "input_ids": ids.to(self._teacher_device)})
             told, taught_last = self._taught.take()
-            taught_last = taught_last.reshape(-1, taught_last.shape[-1])
+            told = [state.to(ids.device) for state in told]
+            taught_last = taught_last.reshape(-1, taught_last.shape[-1]).to(ids.device)
         labels = None
         if objective.kd_alpha < 1:
             labels = torch.full_like(ids, -100)
@@ -278,7 +291,7 @@ class DistillTrainer(Trainer):
             distance = (compiled_once(hidden_distance) if self.options.compile else hidden_distance)(ours, told)
             loss, parts["hidden"] = loss + hidden_weight * distance, distance
         if objective.kd_gamma > 0 and taught is not None:
-            distance = attention_distance(output.attentions, taught.attentions)
+            distance = attention_distance(output.attentions, [part.to(ids.device) for part in taught.attentions])
             loss, parts["attention"] = loss + objective.kd_gamma * distance, distance
         return loss, {name: value.detach() for name, value in parts.items()}
 
