@@ -123,7 +123,7 @@ def test_all_of_the_vocabulary_sums_to_one(teacher, files, tmp_path):
 
 
 def test_taught_blocks_go_to_other_processes(teacher, files, tmp_path):
-    taught = TaughtBlocks(Blocks(files, LENGTH, seed=1), write(teacher, files, tmp_path / "some.logits"))
+    taught = TaughtBlocks(Blocks(files, LENGTH, seed=1), write(teacher, files, tmp_path / "some.logits", top=64))
     expected = [taught[i] for i in range(12)]
     assert len(pickle.dumps(taught)) < 4000, "no answers are in it"
     loader = DataLoader(pickle.loads(pickle.dumps(taught)), 4, num_workers=2, multiprocessing_context="fork")

@@ -213,6 +213,9 @@ def distill(
                 f"{out} is another run: the text has changed since ({before['tokens']} there, {tokens} here)"
             )
         _check_same_logits(out, before.get("teacher_logits") or {}, told or {})
+    blocks: tuple[Any, Any] = data, validation
+    if logits is not None:
+        blocks = TaughtBlocks(data, logits), None if validation is None else TaughtBlocks(validation, logits)
     torch.manual_seed(recipe.options.seed)
     student = _dense(recipe.teacher, where, torch.float32)
     method = find_method(METHODS, recipe.config.method)
@@ -224,9 +227,6 @@ def distill(
         for model in (student, teacher):
             if model is not None:
                 model.set_attn_implementation("eager")
-    blocks: tuple[Any, Any] = data, validation
-    if logits is not None:
-        blocks = TaughtBlocks(data, logits), None if validation is None else TaughtBlocks(validation, logits)
     trainer = DistillTrainer(
         student, teacher, recipe.objective, recipe.options, recipe.schedule, budget, *blocks, out,
         None if logits is None else logits.vocabulary,
