@@ -32,14 +32,14 @@ def blocks(count: int, length: int, vocabulary: int) -> list[dict[str, torch.Ten
 
 
 def distilling(args: argparse.Namespace) -> tuple[float, float]:
-    """Tokens per second after the first half of the steps, and the most memory in GB."""
+    """Tokens per second in the middle half of the steps, and the most memory in GB."""
     student = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).cuda()
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).cuda()
     start_training_(student, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
     data = blocks(args.steps * args.batch, args.length, student.config.vocab_size)
     options = TrainOptions(
-        max_steps=args.steps, sequence_length=args.length, batch_size=args.batch, log_every=args.steps // 2,
-        save_every=10**6, compile=True, validation_blocks=0,
+        max_steps=args.steps, sequence_length=args.length, batch_size=args.batch, log_every=args.steps // 4,
+        save_every=10**6, compile=True, cuda_graph=True, validation_blocks=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any = DistillTrainer(
@@ -58,10 +58,11 @@ def distilling(args: argparse.Namespace) -> tuple[float, float]:
             trainer.add_callback(_profiling(args.steps - 5))
         torch.cuda.reset_peak_memory_stats()
         trainer.run()
-        first, *_, last = (json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines())
+        # The first quarter compiles; the profiler starts in the last one.
+        first, second, third, last = (json.loads(x) for x in (Path(folder) / METRICS).read_text().splitlines()[:4])
     if not (last["flips"] > 0 and last["loss"] < first["loss"]):
         raise SystemExit(f"the student does not learn ({first['loss']} → {last['loss']}, {last['flips']} flips)")
-    return last["tokens_per_s"], torch.cuda.max_memory_allocated() / 1e9
+    return 2 / (1 / second["tokens_per_s"] + 1 / third["tokens_per_s"]), torch.cuda.max_memory_allocated() / 1e9
 
 
 def _profiling(step: int) -> Any:
