@@ -112,7 +112,12 @@ class TrainOptions:
             raise OptionError(f"muon needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw_torch")
 
     def check_top(self) -> None:
-        """Raises OptionError where a step cannot be given a teacher's likeliest tokens."""
+        """Raises OptionError for what does not go with a teacher's likeliest tokens in its place."""
+        if self.teacher_dtype != "auto" or self.teacher_device is not None:
+            raise OptionError(
+                "--teacher-dtype and --teacher-device are for a teacher beside the student; leave them out, or leave out "
+                "--teacher-logits"
+            )
         if self.cuda_graph:
             raise OptionError(
                 "--cuda-graph gives its step token ids alone, and not the teacher's logits; leave it out, or leave out "
