@@ -282,6 +282,9 @@ def test_what_cannot_be_asked_is_refused(change, message, teacher, text, tmp_pat
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err, err
     assert not list(tmp_path.glob("some.*"))
+    assert (tmp_path / "data").exists() == change.startswith("--top"), (
+        "what needs no text is seen before text is tokenized"
+    )
     assert main(f"data teacher-logits {teacher} -o some.logits".split()) == 1
     assert "what is the teacher asked about? give --data FILE" in capsys.readouterr().err
 

@@ -76,7 +76,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.teacher_logits is not None:
-            check_logits_name(self.teacher_logits)
             self.objective.check_top()
             self.options.check_top()
 
