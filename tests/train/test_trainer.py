@@ -77,6 +77,35 @@ def test_resuming_gives_the_same_metrics(llama_dir, text, tmp_path, capsys):
     assert metrics(cut) == metrics(whole)
 
 
+def test_deterministic_algorithms_are_used_for_the_run_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    made = trainer(tmp_path, families.llama(), families.llama(), deterministic=True)
+    inner, seen = made.training_step, []
+
+    def training_step(*args, **kwargs):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return inner(*args, **kwargs)
+
+    made.training_step = training_step
+    made.run()
+    assert seen == [True] * 4 and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("more", [(), ("--compile", "--optim", "adamw_torch"), ("--compile", "--cuda-graph")])
+def test_resuming_on_a_gpu_gives_the_same_metrics(llama_dir, text, tmp_path, capsys, more):
+    more = ("--deterministic", "--kd-beta", "0.5", "--kd-alpha", "0.9", "--train-embeddings", *more)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(llama_dir, text, whole, *more) == 0, capsys.readouterr().err
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-8")
+    assert run(llama_dir, text, cut, *more, "--resume") == 0, capsys.readouterr().err
+    assert metrics(cut) == metrics(whole)
+    one, other = (load_file(out / "checkpoint-8" / "model.safetensors") for out in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after_s", [6.0, 9.0, 13.0])
 def test_a_killed_run_goes_on(llama_dir, text, tmp_path, after_s):

@@ -1,9 +1,11 @@
-"""torch.compile, as it is used for training."""
+"""torch.compile and torch's algorithms, as they are used for training."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,3 +25,22 @@ def compiled(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same of a function of tensors, kept for all who call it."""
     return compiled(function, dynamic=False)
+
+
+@contextlib.contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """If `wanted`, only algorithms that give the same bits at every run, in torch and in what torch.compile makes."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; cuBLAS reads it once
+    before = torch.are_deterministic_algorithms_enabled()
+    # Else inductor takes what was the fastest of several sums, which may be another one after a resume.
+    known = "deterministic" in torch._inductor.list_options()
+    chosen = torch._inductor.config.patch(deterministic=True) if known else contextlib.nullcontext()
+    try:
+        with chosen:
+            torch.use_deterministic_algorithms(True)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)

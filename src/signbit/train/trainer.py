@@ -26,7 +26,7 @@ from signbit.models.structure import find_blocks
 from signbit.train.budget import Budget, Schedule
 from signbit.train.captured import CapturedStep
 from signbit.train.checkpoints import STATE, UNFINISHED, finish_checkpoint, last_checkpoint
-from signbit.train.compiling import compiled, compiled_once
+from signbit.train.compiling import compiled, compiled_once, repeatable
 from signbit.train.divided import local, whole
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
@@ -73,6 +73,9 @@ class TrainOptions:
     cuda_graph: bool = False
     """Capture forward and backward pass in one CUDA graph (one GPU, no accumulation): a small model's kernels are shorter
     than what Python takes to launch them."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time, some of them slower: a resumed run on a GPU then gives the metrics
+    of one that was never stopped, to the last digit, as on a CPU it always does."""
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping what it computed."""
     log_every: int = 10
@@ -412,7 +415,8 @@ class DistillTrainer(Trainer):
             return
         seen = state["step"] * self.options.batch_size
         self.train_dataset = Subset(self._data, range(seen, len(self._data)))  # type: ignore[arg-type]
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with repeatable(self.options.deterministic):
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def _check_engine(kind: str, optim: str, trains_head: bool) -> None:
