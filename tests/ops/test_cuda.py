@@ -100,10 +100,21 @@ def test_every_number_of_tokens(kind, tokens):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("kind", ["row", "group"])
-def test_the_bias_of_many_tokens(kind):
+@pytest.mark.parametrize("kind", cases.TERMS)
+def test_many_tokens(kind):
+    for n, k in ((88, 1024), (129, 1000)):
+        w = on_gpu(cases.make(kind, n, k))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            laws.law_random(kernels(), w, dtype, "cuda", tokens=cuda.SPLIT_FROM)
+            laws.law_int8(kernels(), w, dtype, "cuda", tokens=cuda.SPLIT_FROM)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(("kind", "tokens"), [("row", 40), ("group", 40), ("in_scale", 40), ("salient_bitmap", 150)])
+def test_the_bias_of_many_tokens(kind, tokens):
     w, bias = on_gpu(cases.make(kind, 88, 1024)), torch.randn(88, device="cuda")
-    x = torch.randn(40, 1024, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
     prepared = cuda.prepare(w.operands())
     for mode in ("exact", "int8"):
         plain = cuda.Multiplication(prepared)(x, mode).float()
@@ -205,16 +216,18 @@ def test_the_head(mode, tokens, dtype):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("mode", ["exact", "int8"])
-def test_a_graph_replays_it_and_the_same_comes_out(mode):
-    layers = [PackedLinear(cases.make("row", 512, 512)).cuda() for _ in range(4)]
+@pytest.mark.parametrize("tokens", [1, 40, 150])
+@pytest.mark.parametrize("kind", ["row", "group", "in_scale", "salient_bitmap", "all"])
+def test_a_graph_replays_it_and_the_same_comes_out(kind, tokens, mode):
+    layers = [PackedLinear(cases.make(kind, 512, 512), torch.randn(512)).cuda() for _ in range(4)]
     for layer in layers:
         layer.activations = mode
-    x = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
 
     def run():
         y = x
         for layer in layers:
-            y = layer(y / 16)
+            y = layer(y / y.abs().amax())
         return y
 
     want = run()
@@ -237,8 +250,9 @@ def test_a_graph_replays_it_and_the_same_comes_out(mode):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_compiled(mode):
-    layer = PackedLinear(cases.make("group", 64, 256), torch.randn(64)).cuda()
+@pytest.mark.parametrize("kind", ["group", "all"])
+def test_compiled(kind, mode):
+    layer = PackedLinear(cases.make(kind, 64, 256), torch.randn(64)).cuda()
     layer.prepare()
     x = torch.randn(2, 256, device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(layer, fullgraph=True, mode=mode)

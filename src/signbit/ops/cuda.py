@@ -30,6 +30,8 @@ CAPABILITY = (8, 0)
 MOST_TOKENS = 16
 #: From so many tokens on, a matrix unpacked for the call and torch's own product are faster than slices of 16.
 DENSE_FROM = 33
+#: The same in int8 of a matrix with terms that halves do not hold: it is unpacked as float32 and multiplied in two parts.
+SPLIT_FROM = 129
 
 _SOURCES = Path(__file__).with_name("kernels")
 _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
@@ -188,6 +190,8 @@ class Multiplication:
                 return F.linear(x, self.dense(x.dtype), bias)
             if activations == "int8" and tokens >= DENSE_FROM and (codes := self._code_type()) is not None:
                 return self._dense_product(flat.contiguous(), codes).reshape(*shape[:-1], self._rows)
+            if activations == "int8" and tokens >= SPLIT_FROM and self._splits():
+                return self._split_product(flat.contiguous()).reshape(*shape[:-1], self._rows)
             flat = flat.contiguous()
             y = flat.new_empty((tokens, self._rows))
             stream = torch.cuda.current_stream().cuda_stream
@@ -268,7 +272,8 @@ class Multiplication:
 
         Integers where the scales come after them; else halves, which hold 8 bits and ±scale as it is stored.
         """
-        if self._planes > 1 or any(self._terms.values()) or self._columns % 8:
+        others = any(there for name, there in self._terms.items() if name != "IN_SCALE")
+        if self._planes > 1 or others or self._columns % 8:
             return None
         if self._groups == 1:
             return torch.int8 if self._rows % 8 == 0 else None
@@ -276,23 +281,53 @@ class Multiplication:
 
     def _dense_product(self, x: Tensor, code_type: torch.dtype) -> Tensor:
         """int8: x [T, K] as codes of `code_type` times the dense matrix, integer or float32 sums, then the scales."""
-        tokens, integers = x.shape[0], code_type is torch.int8
+        integers = code_type is torch.int8
+        scaled = x if self.w.in_scale is None else x.float() * self.w.in_scale[0].float()
+        codes, step = self._quantized(scaled, code_type)
+        matrix = torch.empty(self._rows, self._columns, dtype=code_type, device=self._device)
+        self._unpack(matrix, _SIGNS if integers else FLOATS[code_type], signs=True)
+        sums = torch._int_mm(codes, matrix.T) if integers else torch.mm(codes, matrix.T, out_dtype=torch.float32)
+        return self._finished(sums, step, x.dtype)
+
+    def _splits(self) -> bool:
+        return _FLOAT_SUMS and not (self._terms["IN_SCALE"] or self._terms["IN_SHIFT"])
+
+    def _split_product(self, x: Tensor) -> Tensor:
+        """int8: codes of x [T, K] times W as the sum of two float16 matrices, W·2⁻ᵉ = high + low·2⁻¹², e of a row.
+
+        22 bits of each weight: the float32 of scales, shifts and salient values, which one half would round.
+        """
+        codes, step = self._quantized(x, torch.float16)
+        matrix = self.dense(torch.float32)
+        exponent = torch.frexp(matrix.abs().amax(1, keepdim=True))[1]
+        matrix = torch.ldexp(matrix, -exponent)
+        high = matrix.half()
+        low = (matrix - high).mul_(4096).half()
+        sums = torch.mm(codes, high.T, out_dtype=torch.float32)
+        sums.add_(torch.mm(codes, low.T, out_dtype=torch.float32), alpha=1 / 4096)
+        return self._finished(torch.ldexp(sums, exponent.T), step, x.dtype)
+
+    def _quantized(self, x: Tensor, code_type: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The codes of x [T, K] as `code_type`, and the step of each token, float32 [T]."""
+        tokens = x.shape[0]
         codes, step = torch.empty_like(x, dtype=code_type), x.new_empty(tokens, dtype=torch.float32)
-        type_of_codes = _SIGNS if integers else FLOATS[code_type]
+        type_of_codes = _SIGNS if code_type is torch.int8 else FLOATS[code_type]
         self._helper("quantize").launch(
             tokens, 256, 0, torch.cuda.current_stream().cuda_stream,
             _TokenArguments(x.data_ptr(), codes.data_ptr(), step.data_ptr(), self._columns, FLOATS[x.dtype], type_of_codes),
         )  # fmt: skip
-        matrix = torch.empty(self._rows, self._columns, dtype=code_type, device=self._device)
-        self._unpack(matrix, type_of_codes)
-        sums = torch._int_mm(codes, matrix.T) if integers else torch.mm(codes, matrix.T, out_dtype=torch.float32)
-        y, bias, row_blocks = x.new_empty(tokens, self._rows), self.bias, -(-self._rows // 1024)
+        return codes, step
+
+    def _finished(self, sums: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+        """What sums [T, N] are worth: integers get the scales of rows, float32 has them; steps and bias. `dtype` [T, N]."""
+        tokens, bias, row_blocks = sums.shape[0], self.bias, -(-self._rows // 1024)
+        y = torch.empty_like(sums, dtype=dtype)
         self._helper("finish").launch(
             tokens * row_blocks, 256, 0, torch.cuda.current_stream().cuda_stream,
             _SumArguments(
-                sums.data_ptr(), step.data_ptr(), self.w.scale.data_ptr() if integers else None,
+                sums.data_ptr(), step.data_ptr(), None if sums.is_floating_point() else self.w.scale.data_ptr(),
                 None if bias is None else bias.data_ptr(), y.data_ptr(), self._rows, row_blocks, self.w.shape[5],
-                FLOATS[self.w.scale.dtype], 0 if bias is None else FLOATS[bias.dtype], FLOATS[x.dtype],
+                FLOATS[self.w.scale.dtype], 0 if bias is None else FLOATS[bias.dtype], FLOATS[dtype],
             ),
         )  # fmt: skip
         return y
@@ -300,13 +335,14 @@ class Multiplication:
     def _helper(self, name: str) -> nvrtc.Kernel:
         return _kernel(self._device.index, "dense", name, (), False)
 
-    def _unpack(self, out: Tensor, out_type: int) -> None:
+    def _unpack(self, out: Tensor, out_type: int, signs: bool = False) -> None:
+        """`bits.dense` into `out`; `signs`: of one plane, ±scale or ±1 without any other term."""
         arguments = _Arguments.from_buffer_copy(self._arguments)
         arguments.y, arguments.x_type = out.data_ptr(), out_type
         stream = torch.cuda.current_stream().cuda_stream
         tiles = -(-self._rows // layout.BLOCK_ROWS) * -(-self._columns // _TILE)
         plain = self._planes == 1 and not any(self._terms.values()) and self._columns % 8 == 0
-        self._helper("unpack_signs" if plain else "unpack").launch(-(-tiles // 8), 256, 0, stream, arguments)
+        self._helper("unpack_signs" if signs or plain else "unpack").launch(-(-tiles // 8), 256, 0, stream, arguments)
         if self._terms["SALIENT"]:
             self._helper("put_salient").launch(-(-self._rows // 8), 256, 0, stream, arguments)
 
