@@ -31,7 +31,7 @@ MOST_TOKENS = 16
 #: From so many tokens on, a matrix unpacked for the call and torch's own product are faster than slices of 16.
 DENSE_FROM = 33
 #: The same in int8 of a matrix with terms that halves do not hold: it is unpacked as float32 and multiplied in two parts.
-SPLIT_FROM = 129
+SPLIT_FROM = 320
 
 _SOURCES = Path(__file__).with_name("kernels")
 _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS

@@ -65,8 +65,12 @@ class Muon(torch.optim.Optimizer):
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 buffers = [self.state[parameter]["momentum_buffer"] for parameter in some]
                 grads = [parameter.grad for parameter in some if parameter.grad is not None]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
+                momentum = group["momentum"]
+                # Not lerp, which DTensors know since torch 2.13 only.
+                torch._foreach_mul_(buffers, momentum)
+                torch._foreach_add_(buffers, grads, alpha=1 - momentum)
+                ahead = torch._foreach_mul(grads, 1 - momentum)
+                torch._foreach_add_(ahead, buffers, alpha=momentum)
                 size = -0.2 * max(shape) ** 0.5 * group["lr"]
                 updates = orthogonalized(torch.stack([_whole(part) for part in ahead]), group["steps"])
                 for parameter, update in zip(some, updates.unbind(), strict=True):
