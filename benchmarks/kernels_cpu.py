@@ -60,7 +60,7 @@ def check(weight: BinaryWeight, prepared: cpu.Prepared, isa: str, x: torch.Tenso
             raise SystemExit(f"{isa}, {mode}: {error:.2g} off the reference; nothing is timed")
 
 
-def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml) -> list[Row]:
+def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml | None) -> list[Row]:
     """All rows of one shape, form and number of threads."""
     torch.set_num_threads(threads)
     count = max(2, CYCLED_BYTES * 8 // (rows * columns))
@@ -72,26 +72,31 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
     prepared = [cpu.prepare(weight.operands()) for weight in weights]
     ours_of = [cpu.Multiplication(p, isa=isa) for p in prepared]
     blocks = columns // BLOCK
-    q1 = [
-        ggml.q1_0(
-            unpack_signs(w.signs[0], columns).numpy() > 0,
-            w.scale[0].float().repeat_interleave(blocks // groups, dim=1).numpy(),
-        )
-        for w in weights
-    ]
+    q1 = (
+        []
+        if ggml is None
+        else [
+            ggml.q1_0(
+                unpack_signs(w.signs[0], columns).numpy() > 0,
+                w.scale[0].float().repeat_interleave(blocks // groups, dim=1).numpy(),
+            )
+            for w in weights
+        ]
+    )
     found = []
     form = f"{rows}×{columns}, {'row scale' if groups == 1 else f'group {group}'}, {threads} threads"
     for tokens, name in ((1, "decode"), (128, "prefill")):
         x = torch.randn(tokens, columns)
         for weight, laid in zip(weights, prepared, strict=True) if tokens == 1 else [(weights[0], prepared[0])]:
             check(weight, laid, isa, x)
-        runners = [matrix.runner(tokens, threads) for matrix in q1]
-        theirs = runners[0](x.numpy())
-        off = np.abs(theirs - reference.binary_linear(x, weights[0].operands(), "exact").numpy()).max()
-        if not off <= 0.03 * np.abs(theirs).max():
-            raise SystemExit(f"ggml is {off:.2g} off the reference; nothing is timed")
         runs = 60 if tokens == 1 else 8
-        peers = {"ggml Q1_0": seconds(lambda i, r=runners: r[i % count](), runs)}
+        peers = {}
+        if runners := [matrix.runner(tokens, threads) for matrix in q1]:
+            theirs = runners[0](x.numpy())
+            off = np.abs(theirs - reference.binary_linear(x, weights[0].operands(), "exact").numpy()).max()
+            if not off <= 0.03 * np.abs(theirs).max():
+                raise SystemExit(f"ggml is {off:.2g} off the reference; nothing is timed")
+            peers["ggml Q1_0"] = seconds(lambda i, r=runners: r[i % count](), runs)
         for dtype in (torch.float32, torch.bfloat16):
             inputs, dense = x.to(dtype), [torch.randn(rows, columns, dtype=dtype) for _ in range(min(count, 4))]
             peers[f"torch {str(dtype).removeprefix('torch.')}"] = seconds(
@@ -149,6 +154,9 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--passes", type=int, default=3, help="over everything; each figure is the median of them")
     parser.add_argument("--isa", help="instruction set; the best that runs unless named")
+    parser.add_argument(
+        "--no-ggml", action="store_true", help="beside torch alone: ggml has to be downloaded and built"
+    )
     parser.add_argument("--pass-7b", action="store_true", help="all linears of LLaMA-7B, 0.8 GB of packed bits")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -158,8 +166,9 @@ def main() -> None:
     isa = args.isa or next(iter(library.runs))
     if isa not in library.runs:
         raise SystemExit(f"--isa is {isa}; this processor runs {', '.join(library.runs)}")
-    ggml = Ggml.build()
-    print(f"{isa}, torch {torch.__version__}, ggml of llama-cpp-python {ggml.version}")
+    ggml = None if args.no_ggml else Ggml.build()
+    peer = "" if ggml is None else f", ggml of llama-cpp-python {ggml.version}"
+    print(f"{isa}, torch {torch.__version__}{peer}")
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     passes = [
         [

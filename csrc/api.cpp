@@ -11,6 +11,10 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(SIGNBIT_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "floats.h"
 #include "kernels.h"
@@ -44,6 +48,15 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2");
 }
+bool has_amx_int8() {
+  unsigned a = 7, b, c = 0, d;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return has_avx512() && (d >> 24 & 3) == 3; // amx-tile, amx-int8
+}
+#if defined(SIGNBIT_AMX)
+// Linux gives tiles to a process, with all its threads, that asks for room to save them (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool may_use_amx() { return has_amx_int8() && syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+#endif
 #elif defined(__aarch64__)
 bool has_dot_product() {
 #if defined(__linux__)
@@ -57,6 +70,9 @@ bool always() { return true; }
 
 const Entry ENTRIES[] = {
 #if defined(__x86_64__)
+#if defined(SIGNBIT_AMX)
+    {&amx_kernels, may_use_amx},
+#endif
     {&avx512_kernels, has_avx512},
     {&avxvnni_kernels, has_avxvnni},
     {&avx2_kernels, has_avx2},
@@ -64,6 +80,9 @@ const Entry ENTRIES[] = {
     {&neon_kernels, has_dot_product},
 #endif
     {&portable_kernels, always},
+#if defined(SIGNBIT_EMULATE_MATRIX_UNIT)
+    {&emulated_kernels, always},
+#endif
 };
 constexpr int COUNT = sizeof ENTRIES / sizeof ENTRIES[0];
 
@@ -152,6 +171,7 @@ const char *signbit_features(void) {
     SIGNBIT_FEATURE("avx512vnni") SIGNBIT_FEATURE("avx512vbmi") SIGNBIT_FEATURE("avx512vbmi2")
     if (has_f16c()) found += "f16c ";
     if (has_avxvnni()) found += "avxvnni ";
+    if (has_amx_int8()) found += "amx-int8 ";
 #elif defined(__aarch64__)
     found = has_dot_product() ? "neon dotprod " : "neon ";
 #endif

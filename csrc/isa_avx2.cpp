@@ -26,7 +26,7 @@ struct Bytes {
 
 } // namespace
 
-const Kernels avx2_kernels = {"avx2", linear, int8_linear};
+const Kernels avx2_kernels = {"avx2", linear<Isa>, int8_linear<Isa>};
 
 } // namespace signbit
 #endif

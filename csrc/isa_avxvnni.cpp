@@ -21,7 +21,7 @@ struct Bytes {
 
 } // namespace
 
-const Kernels avxvnni_kernels = {"avxvnni", linear, int8_linear};
+const Kernels avxvnni_kernels = {"avxvnni", linear<Isa>, int8_linear<Isa>};
 
 } // namespace signbit
 #endif

@@ -102,7 +102,7 @@ struct Isa {
 
 } // namespace
 
-const Kernels neon_kernels = {"neon", linear, int8_linear};
+const Kernels neon_kernels = {"neon", linear<Isa>, int8_linear<Isa>};
 
 } // namespace signbit
 #endif

@@ -6,7 +6,7 @@
 
 namespace signbit {
 
-// So many lookups, ten of six columns and one of four, are a piece: 64 columns of int8 by lookup (isa_avx512.cpp).
+// So many lookups, ten of six columns and one of four, are a piece: 64 columns of int8 by lookup (isa_avx512.inl).
 constexpr int LOOKUPS = 11;
 
 // Some rows (in blocks of 16; of an int8 matrix: in rows) for some tokens.
@@ -27,7 +27,8 @@ struct Kernels {
   int (*int8_linear)(const signbit_int8_matrix &, const signbit_call &, const Input &, const Part &);
 };
 
-extern const Kernels avx512_kernels, avxvnni_kernels, avx2_kernels, neon_kernels, portable_kernels;
+extern const Kernels amx_kernels, avx512_kernels, avxvnni_kernels, avx2_kernels, neon_kernels, portable_kernels,
+    emulated_kernels;
 
 } // namespace signbit
 #endif

@@ -9,13 +9,21 @@
 //   exact<R, T>(w, block stride, words, tables, table stride, acc[R][T])   acc = Σ ±x, 4 columns a table of 16 sums
 //   int8<R, T>(w, block stride, words, q, q stride, all[T], acc[R][T])     acc = Σ ±q, of which all = Σ q
 //   LOOKUP_TOKENS                                          int8 for so many tokens by the functions below; 0: none
-//   lookup_tables, lookup_indices, lookup<R>               see isa_avx512.cpp
+//   lookup_tables, lookup_indices, lookup<R>               see isa_avx512.inl
+//   Unit                                                   for linear_by_matrix alone: see matrix_unit.h
 //   dot<R, T>(codes, row stride, q, q stride, columns, sums[R][T])         int8 · int8, columns a multiple of 64
 
 constexpr int64_t CHUNK = 32;        // words
 constexpr int64_t LOOKUP_WORDS = 8; // what lookup allows; its indices lie in the first-level cache, all tables in the second
 constexpr int64_t LOOKUP_PIECES = LOOKUP_WORDS / 2;
 constexpr int LEAST_LOOKUP_TOKENS = 2;
+// What matrix units take: of two blocks so many words, 16 KiB as bytes, which lie in the first-level cache beside the codes
+// that they meet; so many blocks, whose results lie in the second beside all codes; so many tokens, at least half a tile.
+constexpr int64_t PANEL_WORDS = 16, SEGMENT_BLOCKS = 32;
+constexpr int MATRIX_TOKENS = 128, LEAST_MATRIX_TOKENS = 8;
+
+// How int8 is multiplied: bit planes by Isa::int8, or the two below. What is not int8 has one way.
+enum class Way { PLANES, LOOKUP, MATRIX };
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -150,35 +158,85 @@ inline auto sum_type() {
   else return vf{};
 }
 
-// T tokens times some blocks of rows; int8 by multiplication, or by lookup if T is worth the tables.
-template <int T, bool INT8, bool LOOKUP>
+// What A tiles of 16 tokens' codes and R panels of a block's signs add to A·R tiles of sums, [block][token][16 rows].
+template <class Unit, int A, int R>
+struct Products {
+  static void zero() {
+    Unit::template zero<0>();
+    if (A > 1) Unit::template zero<1>();
+    if (R > 1) Unit::template zero<2>();
+    if (A > 1 && R > 1) Unit::template zero<3>();
+  }
+
+  static void load(const int32_t *block, const int32_t *next) {
+    Unit::template load<0>(block, 64);
+    if (A > 1) Unit::template load<1>(block + 256, 64);
+    if (R > 1) Unit::template load<2>(next, 64);
+    if (A > 1 && R > 1) Unit::template load<3>(next + 256, 64);
+  }
+
+  static void store(int32_t *block, int32_t *next) {
+    Unit::template store<0>(block, 64);
+    if (A > 1) Unit::template store<1>(block + 256, 64);
+    if (R > 1) Unit::template store<2>(next, 64);
+    if (A > 1 && R > 1) Unit::template store<3>(next + 256, 64);
+  }
+
+  static void add(const int8_t *codes, int64_t pitch, const int8_t *panel, int64_t steps) {
+    for (int64_t step = 0; step < steps; step++, codes += 64, panel += R * 1024) {
+      Unit::template load<6>(panel, 64);
+      Unit::template load<4>(codes, pitch);
+      Unit::template multiply<0, 4, 6>();
+      if (A > 1) {
+        Unit::template load<5>(codes + 16 * pitch, pitch);
+        Unit::template multiply<1, 5, 6>();
+      }
+      if (R > 1) {
+        Unit::template load<7>(panel + 1024, 64);
+        Unit::template multiply<2, 4, 7>();
+      }
+      if (A > 1 && R > 1) Unit::template multiply<3, 5, 7>();
+    }
+  }
+};
+
+// T tokens, or by matrix units up to T, times some blocks of rows.
+template <int T, bool INT8, Way WAY>
 struct Tile {
+  static constexpr bool LOOKUP = WAY == Way::LOOKUP, MATRIX = WAY == Way::MATRIX;
   using Sum = decltype(sum_type<INT8>());
   const signbit_matrix &w;
   const signbit_call &call;
   const Input &input;
-  const int64_t first, last; // blocks
+  const int64_t first_row, last_row, most; // blocks: the part's, and how many of them are multiplied at once
+  int64_t first, last;                     // those that are
   const int64_t blocks, words, padded, width;
   const int64_t x_pitch; // between tokens in x and u: 0 where the codes are all that is needed of them
   const int64_t pitch; // bytes between tokens in q: not a power of two, which would put them all in one cache set
   // So many words that the tables of T tokens, 16 bytes a column, lie in 16 KiB, half of a first-level cache.
   static constexpr int64_t TABLE_WORDS = T <= 8 ? CHUNK / T : 2;
   // A token's tables: sums of four floats, or the bytes of lookup_tables.
-  static constexpr int64_t TABLE_FLOATS = LOOKUP ? LOOKUP_PIECES * LOOKUPS * 128 / 4 : TABLE_WORDS * 128;
+  static constexpr int64_t TABLE_FLOATS = LOOKUP ? LOOKUP_PIECES * LOOKUPS * 128 / 4 : INT8 ? 0 : TABLE_WORDS * 128;
 
-  float *x, *u, *tables, *y, *y_plane, *group_sums;
-  int8_t *q;
+  float *x, *u, *tables, *y, *y_plane, *group_sums, *row;
+  int8_t *q, *panel;
   uint8_t *indices;
-  int32_t *q_sums, *y_integers, *sizes;
+  int32_t *q_sums, *y_integers, *sizes, *group_products;
+  int some = T; // tokens
   float step[T] = {}, x_step[T], shifted[T]; // of u, of x; the input shift's share
 
   Tile(const signbit_matrix &matrix, const signbit_call &how, const Input &in, const Part &part)
-      : w(matrix), call(how), input(in), first(part.first_row), last(part.last_row), blocks((matrix.rows + 15) / 16),
-        words((matrix.columns + 31) / 32), padded(words * 32), width(matrix.columns / matrix.groups),
+      : w(matrix), call(how), input(in), first_row(part.first_row), last_row(part.last_row),
+        // Where planes have codes of their own, those that lie in q meet all rows.
+        most(least(last_row - first_row, MATRIX && matrix.in_scale_planes < 2 ? SEGMENT_BLOCKS : last_row - first_row)),
+        blocks((matrix.rows + 15) / 16), words((matrix.columns + 31) / 32), padded(words * 32),
+        width(matrix.columns / matrix.groups),
         x_pitch(INT8 && !w.in_scale && !w.in_shift && !w.salient_codes ? 0 : padded), pitch(padded + 64) {}
 
-  // Rows of the part; for a lookup rounded up to four blocks, which are written together.
-  int64_t lanes() const { return LOOKUP ? (last - first + 3) / 4 * 64 : (last - first) * 16; }
+  int tokens() const { return MATRIX ? some : T; }
+
+  // Rows at once; for a lookup rounded up to four blocks, which are written together.
+  int64_t lanes() const { return LOOKUP ? (most + 3) / 4 * 64 : most * 16; }
 
   // Where a token's 16 results of a block lie in y and y_integers: beside what is written with them, all T of a block, or
   // in a lookup all blocks of a token, which T·64 bytes apart would fall into a few cache sets.
@@ -191,8 +249,9 @@ struct Tile {
            Memory::bytes<float>(T * w.groups) + (2 * T + 1) * Memory::bytes<float>(lanes()) +
            Memory::bytes<int8_t>(T * pitch) + Memory::bytes<int32_t>(T * (words + 1)) +
            LOOKUP * Memory::bytes<uint8_t>(LOOKUP_PIECES * LOOKUPS * 4 * 64) +
-           LOOKUP * Memory::bytes<int32_t>(T * (LOOKUP_PIECES + 1)) + Memory::bytes<uint32_t>(padded) +
-           Memory::bytes<uint8_t>(padded + 8);
+           LOOKUP * Memory::bytes<int32_t>(T * (LOOKUP_PIECES + 1)) +
+           MATRIX * (Memory::bytes<int8_t>(PANEL_WORDS * 1024) + Memory::bytes<int32_t>(PANEL_WORDS * 512)) +
+           Memory::bytes<uint32_t>(padded) + Memory::bytes<uint8_t>(padded + 8);
   }
 
   bool run(int64_t token) {
@@ -206,21 +265,27 @@ struct Tile {
     y = memory.take<float>(T * lanes());
     y_plane = INT8 && w.planes > 1 ? memory.take<float>(T * lanes()) : y; // a single plane's sums become y
     y_integers = reinterpret_cast<int32_t *>(y_plane);
+    row = memory.take<float>(lanes());
     q = memory.take<int8_t>(T * pitch);
     q_sums = memory.take<int32_t>(T * (words + 1));
     if constexpr (LOOKUP) {
       indices = memory.take<uint8_t>(LOOKUP_PIECES * LOOKUPS * 4 * 64);
       sizes = memory.take<int32_t>(T * (LOOKUP_PIECES + 1));
-      for (int t = 0; t < T; t++) memset(q + t * pitch + padded, 0, 32); // half a piece
     }
-    if (!INT8) memset(y, 0, static_cast<size_t>(T * lanes()) * 4);
+    if constexpr (MATRIX) {
+      panel = memory.take<int8_t>(PANEL_WORDS * 1024);
+      group_products = memory.take<int32_t>(PANEL_WORDS * 512);
+      memset(q + some * pitch, 0, static_cast<size_t>((some + 15) / 16 * 16 - some) * pitch); // tokens of the last tile
+    }
+    if (WAY != Way::PLANES)
+      for (int t = 0; t < tokens(); t++) memset(q + t * pitch + padded, 0, 32); // a word beyond an odd number of them
 
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < tokens(); t++) {
       read_token(call, input.x, (token + t) * input.stride, w.columns, padded, x + t * x_pitch);
       if (INT8) x_step[t] = quantize(x, t);
     }
     if (w.shift != nullptr) sum_groups();
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < tokens(); t++) {
       shifted[t] = 0;
       if (w.in_shift == nullptr) continue;
       vf sums = {};
@@ -230,47 +295,61 @@ struct Tile {
       for (; k < w.columns; k++) rest += load(w.in_shift, k, w.float_type) * x[t * x_pitch + k];
       shifted[t] = total(sums) + rest;
     }
-
-    for (int plane = 0; plane < w.planes; plane++) {
-      const float *from = take_plane(plane);
-      const uint32_t *signs = w.signs + (w.sign_planes == 1 ? 0 : plane) * words * blocks * 16;
-      if (INT8 && !LOOKUP) memset(y_plane, 0, static_cast<size_t>(T * lanes()) * 4);
-      if constexpr (LOOKUP) look_up<Isa>(signs, plane);
-      else
-        for (int64_t word = 0; word < words; word += CHUNK) {
-          const int64_t count = least(CHUNK, words - word);
-          multiply(signs + word * blocks * 16, from, word, count, plane);
-        }
-      if (INT8) add_plane(plane);
-    }
-    if (w.shift != nullptr) add_shift();
-    if (w.salient_codes != nullptr) {
-      uint32_t *columns = memory.take<uint32_t>(padded);
-      uint8_t *codes = memory.take<uint8_t>(padded + 8);
-      add_salient(columns, codes, memory.take<float>(T * padded));
-    }
-    float *row = memory.take<float>(lanes());
-    for (int t = 0; t < T; t++) {
-      for (int64_t block = first; block < last; block++)
-        vstore(row + (block - first) * 16, vload<vf>(y + cell(block, t)) + shifted[t]);
-      write_token(call, input, token + t, w.rows, first * 16, least(last * 16, w.rows), row);
+    if (MATRIX && w.in_scale_planes < 2) take_plane(0);
+    for (first = first_row; first < last_row; first = last) {
+      last = least(first + most, last_row);
+      run_rows(token, memory);
     }
     return true;
   }
 
+  // The rows [first, last); what is taken of `memory` is free again afterwards.
+  void run_rows(int64_t token, Memory memory) {
+    if (!INT8) memset(y, 0, static_cast<size_t>(T * lanes()) * 4);
+    for (int plane = 0; plane < w.planes; plane++) {
+      const uint32_t *signs = w.signs + (w.sign_planes == 1 ? 0 : plane) * words * blocks * 16;
+      if constexpr (MATRIX) {
+        if (w.in_scale_planes > 1) take_plane(plane);
+        multiply_matrix<Isa>(signs, plane);
+      } else {
+        const float *from = take_plane(plane);
+        if (INT8 && !LOOKUP) memset(y_plane, 0, static_cast<size_t>(T * lanes()) * 4);
+        if constexpr (LOOKUP) look_up<Isa>(signs, plane);
+        else
+          for (int64_t word = 0; word < words; word += CHUNK) {
+            const int64_t count = least(CHUNK, words - word);
+            multiply(signs + word * blocks * 16, from, word, count, plane);
+          }
+      }
+      if (INT8) add_plane(plane);
+    }
+    if (w.shift != nullptr) add_shift();
+    if constexpr (!MATRIX)
+      if (w.salient_codes != nullptr) {
+        uint32_t *columns = memory.take<uint32_t>(padded);
+        uint8_t *codes = memory.take<uint8_t>(padded + 8);
+        add_salient(columns, codes, memory.take<float>(T * padded));
+      }
+    for (int t = 0; t < tokens(); t++) {
+      for (int64_t block = first; block < last; block++)
+        vstore(row + (block - first) * 16, vload<vf>(y + cell(block, t)) + shifted[t]);
+      write_token(call, input, token + t, w.rows, first * 16, least(last * 16, w.rows), row);
+    }
+  }
+
   float quantize(const float *from, int t) {
     return quantize_token<!LOOKUP>(from + t * x_pitch, padded, q + t * pitch,
-                                  LOOKUP && !w.shift ? nullptr : q_sums + t * (words + 1));
+                                  WAY != Way::PLANES && !w.shift ? nullptr : q_sums + t * (words + 1));
   }
 
   void quantize(const float *from, float *steps) {
-    for (int t = 0; t < T; t++) steps[t] = quantize(from, t);
+    for (int t = 0; t < tokens(); t++) steps[t] = quantize(from, t);
   }
 
   // What the signs of a plane meet: x, or x times the plane's input scale; for int8 its codes, in q.
   const float *take_plane(int plane) {
     if (w.in_scale == nullptr) {
-      for (int t = 0; t < T; t++) step[t] = x_step[t];
+      for (int t = 0; t < tokens(); t++) step[t] = x_step[t];
       return x;
     }
     if (plane < w.in_scale_planes) {
@@ -282,7 +361,7 @@ struct Tile {
 
   void scale_inputs(int plane) {
     const int64_t row = plane * w.columns;
-    for (int t = 0; t < T; t++) {
+    for (int t = 0; t < tokens(); t++) {
       const float *from = x + t * x_pitch;
       float *to = u + t * x_pitch;
       int64_t k = 0;
@@ -294,7 +373,7 @@ struct Tile {
   }
 
   void sum_groups() {
-    for (int t = 0; t < T; t++)
+    for (int t = 0; t < tokens(); t++)
       for (int64_t g = 0; g < w.groups; g++) {
         float sum = 0;
         if (INT8) { // a width is a multiple of 32 unless there is one group
@@ -451,6 +530,84 @@ struct Tile {
     }
   }
 
+  // By matrix units, two blocks at a time: a panel of their signs is unpacked once for all tokens.
+  template <class Set>
+  void multiply_matrix(const uint32_t *signs, int plane) {
+    Set::Unit::begin();
+    int64_t block = first;
+    for (; block + 2 <= last; block += 2) multiply_panels<typename Set::Unit, 2>(signs, block, plane);
+    if (block < last) multiply_panels<typename Set::Unit, 1>(signs, block, plane);
+    Set::Unit::end();
+  }
+
+  template <class Unit, int R>
+  void multiply_panels(const uint32_t *signs, int64_t block, int plane) {
+    vf scales[PANEL_WORDS / 2][R];
+    for (int64_t word = 0; word < words; word += PANEL_WORDS) {
+      const int64_t count = least(PANEL_WORDS, words - word), chunk = word / CHUNK * CHUNK;
+      const int64_t stride = least(CHUNK, words - chunk) * 16;
+      unpack<R>(signs + chunk * blocks * 16 + block * stride + (word - chunk) * 16, stride, count);
+      if (w.groups > 1)
+        for (int64_t group = word * 32 / width, g = 0; group * width < (word + count) * 32; group++, g++)
+          for (int r = 0; r < R; r++) scales[g][r] = scale_of(plane, block + r, group);
+      int t = 0;
+      for (; t + 16 < some; t += 32) multiply_panel<Unit, 2, R>(word, count, block, t, scales);
+      if (t < some) multiply_panel<Unit, 1, R>(word, count, block, t, scales);
+    }
+  }
+
+  // Signs as bytes of ±1: a tile is two words of a block, eight rows each, of which row p is bit p of every byte, as the
+  // codes lie in q. Of a word that is not there the codes are 0: what stands in the panel does not matter.
+  template <int R>
+  void unpack(const uint32_t *from, int64_t stride, int64_t count) const {
+    const vb4 minus = vb4{} - 1, plus = vb4{} + 1;
+    for (int64_t word = 0; word < count; word++)
+      for (int r = 0; r < R; r++) {
+        const vb4 bits = vload<vb4>(from + r * stride + word * 16);
+        int8_t *to = panel + (word / 2 * R + r) * 1024 + word % 2 * 512;
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; p++) {
+          vb4 bit;
+          memset(&bit, 1 << p, sizeof bit);
+          vstore(to + p * 64, (bits & bit) != 0 ? plus : minus);
+        }
+      }
+  }
+
+  // A·16 tokens times R blocks. With one group the sums of all panels are integers, which meet in y_integers.
+  template <class Unit, int A, int R>
+  void multiply_panel(int64_t word, int64_t count, int64_t block, int t, const vf (*scales)[R]) const {
+    const int64_t steps = (count + 1) / 2, tile = 16 * 16;
+    const int8_t *const codes = q + t * pitch + word * 32;
+    int32_t *const to = y_integers + cell(block, t), *const next = y_integers + cell(block + R - 1, t);
+    const bool fresh = word == 0; // nothing is there yet
+    if (w.groups == 1) {
+      if (fresh) Products<Unit, A, R>::zero();
+      else Products<Unit, A, R>::load(to, next);
+      Products<Unit, A, R>::add(codes, pitch, panel, steps);
+      Products<Unit, A, R>::store(to, next);
+      return;
+    }
+    int64_t groups = 0;
+    for (int64_t begin = 0, end; begin < steps; begin = end, groups++) {
+      end = least(steps, ((word * 32 / width + groups + 1) * width - word * 32) / 64);
+      Products<Unit, A, R>::zero();
+      Products<Unit, A, R>::add(codes + begin * 64, pitch, panel + begin * R * 1024, end - begin);
+      int32_t *const products = group_products + groups * A * R * tile;
+      Products<Unit, A, R>::store(products, products + A * tile);
+    }
+    for (int r = 0; r < R; r++) {
+      float *sums = reinterpret_cast<float *>(r == 0 ? to : next);
+      const int32_t *products = group_products + r * A * tile;
+      for (int m = 0; m < A * 16; m++, sums += 16, products += 16) {
+        vf sum = fresh ? vf{} : vload<vf>(sums);
+        for (int64_t g = 0; g < groups; g++)
+          sum += __builtin_convertvector(vload<vi>(products + g * A * R * tile), vf) * scales[g][r];
+        vstore(sums, sum);
+      }
+    }
+  }
+
   static vf as_floats(const vf &v) { return v; }
   static vf as_floats(const vi &v) { return __builtin_convertvector(v, vf); }
 
@@ -458,7 +615,7 @@ struct Tile {
   void add_plane(int plane) {
     for (int64_t block = first; block < last; block++) {
       const vf scale = w.groups == 1 ? scale_of(plane, block, 0) : splat(1);
-      for (int t = 0; t < T; t++) {
+      for (int t = 0; t < tokens(); t++) {
         const int64_t at = cell(block, t);
         const bool integers = w.groups == 1 && !LOOKUP;
         const vf sums = integers ? as_floats(vload<vi>(y_integers + at)) : vload<vf>(y_plane + at);
@@ -473,9 +630,9 @@ struct Tile {
       vf sums[T] = {};
       for (int64_t g = 0; g < w.groups; g++) {
         const vf shift = load16(w.shift, (block * w.groups + g) * 16, w.float_type);
-        for (int t = 0; t < T; t++) sums[t] += shift * group_sums[t * w.groups + g];
+        for (int t = 0; t < tokens(); t++) sums[t] += shift * group_sums[t * w.groups + g];
       }
-      for (int t = 0; t < T; t++) {
+      for (int t = 0; t < tokens(); t++) {
         float *at = y + cell(block, t);
         vstore(at, vload<vf>(at) + sums[t]);
       }
@@ -634,22 +791,42 @@ struct Tile {
   }
 };
 
-template <int T, bool INT8, bool LOOKUP = false>
+template <int T, bool INT8, Way WAY = Way::PLANES>
 int tiles(const signbit_matrix &w, const signbit_call &call, const Input &input, const Part &part, int64_t token) {
-  Tile<T, INT8, LOOKUP> tile(w, call, input, part);
+  Tile<T, INT8, WAY> tile(w, call, input, part);
   for (; token + T <= part.last_token; token += T)
     if (!tile.run(token)) return SIGNBIT_NO_MEMORY;
   constexpr int NEXT = T > 8 && T < 16 ? 8 : T / 2;
-  if constexpr (NEXT > 0) return tiles<NEXT, INT8, LOOKUP && NEXT >= LEAST_LOOKUP_TOKENS>(w, call, input, part, token);
+  constexpr Way NEXT_WAY = NEXT >= LEAST_LOOKUP_TOKENS ? WAY : Way::PLANES;
+  if constexpr (NEXT > 0) return tiles<NEXT, INT8, NEXT_WAY>(w, call, input, part, token);
   return SIGNBIT_OK;
 }
 
+inline bool pairs_share_scales(const signbit_matrix &w) { // pairs of words
+  return w.groups == 1 || w.columns / w.groups % 64 == 0;
+}
+
+template <class Set>
 int linear(const signbit_matrix &w, const signbit_call &call, const Input &input, const Part &part) {
-  if (call.activations != SIGNBIT_INT8) return tiles<Isa::EXACT_TOKENS, false>(w, call, input, part, part.first_token);
-  if constexpr (Isa::LOOKUP_TOKENS > 0)
-    if (w.groups == 1 || w.columns / w.groups % 64 == 0)
-      return tiles<Isa::LOOKUP_TOKENS, true, true>(w, call, input, part, part.first_token);
-  return tiles<Isa::INT8_TOKENS, true>(w, call, input, part, part.first_token);
+  if (call.activations != SIGNBIT_INT8) return tiles<Set::EXACT_TOKENS, false>(w, call, input, part, part.first_token);
+  if constexpr (Set::LOOKUP_TOKENS > 0)
+    if (pairs_share_scales(w)) return tiles<Set::LOOKUP_TOKENS, true, Way::LOOKUP>(w, call, input, part, part.first_token);
+  return tiles<Set::INT8_TOKENS, true>(w, call, input, part, part.first_token);
+}
+
+// Int8 for many tokens by matrix units. The tokens that are left, and all else, by the kernels of another set: salient
+// values, too, for they are gathered one by one, for fewer tokens at a time.
+template <class Set>
+int linear_by_matrix(const signbit_matrix &w, const signbit_call &call, const Input &input, Part part,
+                     const Kernels &others) {
+  if (call.activations == SIGNBIT_INT8 && pairs_share_scales(w) && w.salient_codes == nullptr) {
+    Tile<MATRIX_TOKENS, true, Way::MATRIX> tile(w, call, input, part);
+    for (; part.last_token - part.first_token >= LEAST_MATRIX_TOKENS; part.first_token += tile.some) {
+      tile.some = static_cast<int>(least(MATRIX_TOKENS, part.last_token - part.first_token));
+      if (!tile.run(part.first_token)) return SIGNBIT_NO_MEMORY;
+    }
+  }
+  return part.first_token < part.last_token ? others.linear(w, call, input, part) : SIGNBIT_OK;
 }
 
 // Rows of an int8 matrix that stay in the second-level cache while all tokens pass.
@@ -708,6 +885,7 @@ void int8_rows(const signbit_int8_matrix &w, bool integers, const float *x, cons
   for (; token < tokens; token++) int8_tile<R, 1>(w, integers, x, q, step, padded, row, token, first, count, y);
 }
 
+template <class Set>
 int int8_linear(const signbit_int8_matrix &w, const signbit_call &call, const Input &input, const Part &part) {
   const bool integers = call.activations == SIGNBIT_INT8;
   const int64_t tokens = part.last_token - part.first_token;
@@ -728,8 +906,8 @@ int int8_linear(const signbit_int8_matrix &w, const signbit_call &call, const In
   for (int64_t first = part.first_row; first < part.last_row; first += wide) {
     const int64_t last = least(first + wide, part.last_row), count = last - first;
     int64_t row = first;
-    for (; row + Isa::HEAD_ROWS <= last; row += Isa::HEAD_ROWS)
-      int8_rows<Isa::HEAD_ROWS>(w, integers, x, q, step, padded, row, tokens, first, count, y);
+    for (; row + Set::HEAD_ROWS <= last; row += Set::HEAD_ROWS)
+      int8_rows<Set::HEAD_ROWS>(w, integers, x, q, step, padded, row, tokens, first, count, y);
     for (; row < last; row++) int8_rows<1>(w, integers, x, q, step, padded, row, tokens, first, count, y);
     for (int64_t t = 0; t < tokens; t++)
       write_token(call, input, part.first_token + t, w.rows, first, last, y + t * count);

@@ -21,6 +21,7 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef int8_t vb __attribute__((vector_size(16)));
 typedef int8_t vb2 __attribute__((vector_size(32)));
+typedef int8_t vb4 __attribute__((vector_size(64)));
 
 template <class V, class S>
 [[maybe_unused]] inline V vload(const S *from) {

@@ -527,7 +527,7 @@ def test_doctor_fails_if_any_set_is_wrong(place, tmp_path, monkeypatch, capsys):
     break_kernels(monkeypatch, isa)
     code, printed, err = run(capsys, f"doctor --json {tmp_path}/doctor.json")
     assert code == 1
-    assert f"  {isa}: binary_linear, exact: off by " in printed
+    assert f"  {isa}: binary_linear, exact, 3 tokens: off by " in printed
     assert f"the check of {isa} failed; please report this" in err
     wrong = {name for name, what in json.loads((tmp_path / "doctor.json").read_text())["checks"].items() if what}
     assert wrong == {isa}

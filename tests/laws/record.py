@@ -136,6 +136,12 @@ def write(path):
             w = cases.make(kind, n, k, torch.float16, groups)
             for place, tokens in enumerate((3, 16, 33, 70)):
                 writer.linear(kind, w, torch.randn(tokens, k).to(DTYPES[place % 3]), "int8")
+    # Where matrix units take more tokens than fit at once, and more rows; every width of groups in a panel of 512 columns.
+    for n, k, groups in ((530, 640, 10), (520, 1056, 1), (40, 1152, 2), (40, 1536, 12), (17, 1152, 1)):
+        for kind in ("group", "planes", "shift", "in_shift", "shared_signs"):
+            w = cases.make(kind, n, k, torch.bfloat16, groups)
+            for place, tokens in enumerate((8, 31, 150)):
+                writer.linear(kind, w, torch.randn(tokens, k).to(DTYPES[place % 3]), "int8")
     for place, norms in enumerate((a, b) for a in native.NORMS for b in ("none", "layer")):
         for tokens in TOKENS[:3]:
             dtype = DTYPES[(place + tokens) % 3]

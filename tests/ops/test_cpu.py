@@ -108,15 +108,16 @@ def test_terms_beyond_the_laws(isa, kind, n, k, groups):
             laws.law_int8(BACKENDS[isa], w, torch.float32, tokens=tokens)
 
 
-# Where a lookup takes 16 blocks of rows together, four, and some that are not there; an odd number of words.
+# Where a lookup takes 16 blocks of rows together, four, and some that are not there; an odd number of words; more tokens
+# and rows than matrix units take at once.
 @needs_kernels
 @pytest.mark.parametrize("isa", KERNELS)
 @pytest.mark.parametrize("kind", ["group", "planes", "in_scale", "salient_bitmap"])
-@pytest.mark.parametrize(("n", "k", "groups"), [(300, 960, 3), (230, 1000, 1), (450, 576, 9)])
+@pytest.mark.parametrize(("n", "k", "groups"), [(300, 960, 3), (230, 1000, 1), (530, 576, 9)])
 def test_several_tokens_of_many_rows(isa, kind, n, k, groups):
     w = cases.make(kind, n, k, torch.float16, groups)
     assert cpu.unsupported(w.operands()) is None
-    for tokens in (3, 16, 33, 70):
+    for tokens in (3, 16, 33, 70, 150):
         for dtype in (torch.float32, torch.bfloat16):
             laws.law_int8(BACKENDS[isa], w, dtype, tokens=tokens)
 

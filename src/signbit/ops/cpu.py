@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from signbit.errors import OptionError, ShapeError, SignbitError
 from signbit.ops import layout, native, prepared, reference
 from signbit.ops.prepared import Prepared
 
-#: Names the instruction set that multiplies ("avx512", "avxvnni", "avx2", "neon", "portable"), or "reference" for none.
+#: Names the instruction set that multiplies ("amx", "avx512", "avxvnni", "avx2", "neon", "portable"), or "reference" for none.
 VARIABLE = "SIGNBIT_CPU"
 #: Beyond this many columns the integer sums of int8 would not be exact.
 MAX_COLUMNS = 65536
@@ -242,8 +243,9 @@ def _check(isa: str) -> str | None:
     signs, scale = bits.pack_signs(normal(1, rows, columns)), normal(1, rows, 1).abs() + 0.5
     w = Operands(signs, scale, None, None, None, None, None, None, None, None, 0, columns)
     codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
-    x = normal(3, columns)
-    for activations in ("exact", "int8"):
+    # Some tokens and many: they are multiplied in other ways.
+    for activations, tokens in itertools.product(("exact", "int8"), (3, 19)):
+        x = normal(tokens, columns)
         for what, got, want in (
             ("binary_linear", binary_linear(x, w, activations, isa), reference.binary_linear(x, w, activations)),
             (
@@ -253,5 +255,5 @@ def _check(isa: str) -> str | None:
             ),
         ):
             if not bool(((got - want).abs() <= 1e-5 * want.abs().max()).all()):
-                return f"{what}, {activations}: off by {(got - want).abs().max():.3g}"
+                return f"{what}, {activations}, {tokens} tokens: off by {(got - want).abs().max():.3g}"
     return None
