@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from signbit.methods.absmean import AbsmeanLinear, AbsmeanOptions
 from signbit.methods.base import Method
+from signbit.methods.bitnet import (
+    BitnetLinear,
+    BitnetOptions,
+    BitnetTransformersLinear,
+    BitnetTransformersOptions,
+)
+from signbit.methods.fbi import FbiLinear, FbiOptions
 from signbit.methods.gptq import Moments
 from signbit.methods.onebit import OnebitLinear, OnebitOptions
 from signbit.methods.pbllm import PbGptqOptions, PbllmOptions
@@ -11,6 +18,9 @@ from signbit.methods.pbllm import PbGptqOptions, PbllmOptions
 #: Every method; a new one is one file beside these and one line here.
 METHODS: dict[str, Method] = {
     "absmean": Method(AbsmeanOptions, layer=AbsmeanLinear),
+    "bitnet": Method(BitnetOptions, layer=BitnetLinear),
+    "bitnet-transformers": Method(BitnetTransformersOptions, layer=BitnetTransformersLinear),
+    "fbi": Method(FbiOptions, layer=FbiLinear),
     "onebit": Method(OnebitOptions, layer=OnebitLinear),
     "pbllm": Method(PbllmOptions),
     "pb-gptq": Method(PbGptqOptions),
@@ -20,6 +30,12 @@ __all__ = [
     "METHODS",
     "AbsmeanLinear",
     "AbsmeanOptions",
+    "BitnetLinear",
+    "BitnetOptions",
+    "BitnetTransformersLinear",
+    "BitnetTransformersOptions",
+    "FbiLinear",
+    "FbiOptions",
     "Method",
     "Moments",
     "OnebitLinear",

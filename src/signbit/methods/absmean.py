@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from signbit.linear import BinaryLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_group, check_whole, group_count, store
+from signbit.methods.base import (
+    MethodOptions,
+    ScaleDtype,
+    check_choice,
+    check_group,
+    check_whole,
+    group_count,
+    store,
+    straight_through,
+)
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -68,7 +77,7 @@ class AbsmeanLinear(BinaryLinear):
         """s ∘ sign(W), [N, K]."""
         scale = self._scale()
         signs = torch.where(self.weight >= 0, 1.0, -1.0).to(self.weight.dtype)
-        through = signs + (self.weight - self.weight.detach())
+        through = straight_through(signs, self.weight)
         return (scale[:, :, None] * through.reshape(*scale.shape, -1)).reshape(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -136,6 +136,14 @@ def group_count(group: int, in_features: int) -> int:
     return 1 if group == -1 else in_features // group
 
 
+def straight_through(value: Tensor, through: Tensor) -> Tensor:
+    """`value`, with the gradient of `through`; both float of one shape.
+
+    What is added is exactly 0 where `through` is finite. No autograd.Function: torch.compile sees through this.
+    """
+    return value + (through - through.detach())
+
+
 def store(values: Tensor, dtype: str, shift: bool = False) -> Tensor:
     """Scales or shifts in the dtype they are stored in.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from signbit.errors import OptionError
 from signbit.linear import BinaryLinear, PackedLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_whole, store
+from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_whole, store, straight_through
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -146,8 +146,7 @@ def _signs(weight: Tensor, ste: str) -> Tensor:
     """sign(W), sign(0) = +1, with the slope 1 (identity), or 1.001 − tanh²(W) (OneBit): that of 0.001·W + tanh(W)."""
     signs = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
     slope = weight if ste == "identity" else 0.001 * weight + weight.tanh()
-    # What is added is exactly 0. No autograd.Function: torch.compile sees through this.
-    return signs + (slope - slope.detach())
+    return straight_through(signs, slope)
 
 
 class OnebitLinear(BinaryLinear):

@@ -4,6 +4,7 @@ from signbit.models.experts import Experts, is_fused
 from signbit.models.fused import Fused, find_siblings, fuse_
 from signbit.models.replace import as_rows, linear_parts, set_module, set_weight
 from signbit.models.report import Decision, Report, bits_range, kind_of
+from signbit.models.shape import Shape
 from signbit.models.structure import (
     Selection,
     Structure,
@@ -20,6 +21,7 @@ __all__ = [
     "Fused",
     "Report",
     "Selection",
+    "Shape",
     "Structure",
     "Target",
     "as_rows",

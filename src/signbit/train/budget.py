@@ -6,13 +6,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from signbit.errors import OptionError
+from signbit.methods.base import check_choice
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine from the learning rate down to a share of it, over the whole budget."""
+    """Linear warm-up, then a cosine or a line from the learning rate down to a share of it, over the whole budget."""
 
     warmup_share: float = 0.04
     """Share of the budget in which the learning rate rises."""
@@ -20,12 +22,15 @@ class Schedule:
     """The same in steps, which goes before the share."""
     last_share: float = 0.02
     """What the learning rate ends at, as a share of its peak."""
+    lr_decay: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_share < 1:
             raise OptionError(f"warmup_share is {self.warmup_share}; it is a share, from 0 to below 1")
         if not 0 <= self.last_share <= 1:
             raise OptionError(f"last_share is {self.last_share}; it is a share, from 0 to 1")
+        check_choice("lr_decay", self.lr_decay, ("cosine", "linear"))
 
     def factor(self, done: float, step: int) -> float:
         """The learning rate as a share of its peak, where `done` of the budget is used and `step` steps are made."""
@@ -34,9 +39,11 @@ class Schedule:
                 return (step + 1) / self.warmup_steps
         elif done < self.warmup_share:
             return max(done / self.warmup_share, 0.01)  # of a budget of minutes nothing is used at the first step
-        start = 0.0 if self.warmup_steps is not None else self.warmup_share
-        along = min(max((done - start) / (1 - start), 0.0), 1.0)
-        return self.last_share + (1 - self.last_share) * (1 + math.cos(math.pi * along)) / 2
+        # Of warm-up steps the share that they took: exact in a budget of steps, as long as the later ones in one of minutes.
+        start = self.warmup_share if self.warmup_steps is None else done * self.warmup_steps / (step + 1)
+        along = min(max((done - start) / max(1 - start, 1e-9), 0.0), 1.0)
+        left = 1 - along if self.lr_decay == "linear" else (1 + math.cos(math.pi * along)) / 2
+        return self.last_share + (1 - self.last_share) * left
 
 
 class Budget:

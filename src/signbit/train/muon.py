@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _whole(tensor: Any) -> Tensor:
-    """A matrix that FSDP2 divides, gathered: what it is orthogonal to is not seen in parts."""
+    """A tensor that FSDP2 divides, gathered: what a matrix is orthogonal to is not seen in parts."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
 
@@ -95,7 +95,7 @@ class Together(torch.optim.Optimizer):
     """Several optimizers, each with its own parameters, as one: what a trainer and a schedule take for an optimizer.
 
     Gradients of the last one's parameters are cut to the norm `max_norm` before its step, if that is not 0; those of
-    Muon need not be, whose updates have a size of their own. `grad_norm` is what their norm was.
+    Muon need not be, whose updates have a size of their own. `grad_norm` is what the norm of all gradients was.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], max_norm: float = 0.0) -> None:
@@ -115,9 +115,16 @@ class Together(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
-        if self.max_norm > 0:
-            some = [p for group in self.optimizers[-1].param_groups for p in group["params"] if p.grad is not None]
-            self.grad_norm = nn.utils.clip_grad_norm_(some, self.max_norm)
+        norms = []
+        for optimizer in self.optimizers:
+            some = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if not some:
+                continue
+            norm = nn.utils.get_total_norm([p.grad for p in some])
+            norms.append(_whole(norm))
+            if self.max_norm > 0 and optimizer is self.optimizers[-1]:
+                nn.utils.clip_grads_with_norm_(some, self.max_norm, norm)
+        self.grad_norm = torch.stack(norms).norm() if norms else None
         for optimizer in self.optimizers:
             optimizer.step()
         return loss

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from signbit import ptq
 from signbit.errors import OptionError, SignbitError
 from signbit.linear import BinaryLinear
 from signbit.methods.base import Method
-from signbit.models import Decision, Report, linear_parts, set_module, split_experts_
+from signbit.models import Decision, Report, find_structure, linear_parts, set_module, split_experts_
+from signbit.models.structure import find_blocks
 from signbit.train.divided import is_divided, local
+
+
+DENSE = "full precision"
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,27 @@ def start_training_(model: nn.Module, method: Method, plan: ptq.Plan, trained: T
         set_module(model, target.name, layer)
         entries = target.out_features * target.in_features
         decisions.append(Decision(target.name, "binarized", ptq.LINEAR, entries, weights=entries))
+    _train_rest_(model, trained)
+    for _, layer in binary_layers(model):
+        layer.train_parts_()
+    return Report((*decisions, *structure.kept), structure.block_parameters)
+
+
+def start_dense_(model: nn.Module, trained: Trained) -> Report:
+    """Makes a full-precision model one that is trained as it is: what a binary one is compared with; nothing is replaced."""
+    structure = find_structure(model)
+    _train_rest_(model, trained)
+    for matrix in matrices(model):
+        matrix.requires_grad_(True)
+    kept = (Decision(target.name, "kept", DENSE, target.out_features * target.in_features) for target in structure.targets)
+    return Report((*kept, *structure.kept), structure.block_parameters)
+
+
+def _train_rest_(model: nn.Module, trained: Trained) -> None:
     model.requires_grad_(trained.train_norms)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
         if embedding is not None:
             embedding.requires_grad_(trained.train_embeddings)
-    for _, layer in binary_layers(model):
-        layer.train_parts_()
-    return Report((*decisions, *structure.kept), structure.block_parameters)
 
 
 def binary_layers(model: nn.Module) -> Iterable[tuple[str, BinaryLinear]]:
@@ -68,6 +87,14 @@ def binary_layers(model: nn.Module) -> Iterable[tuple[str, BinaryLinear]]:
 def latents(model: nn.Module) -> list[nn.Parameter]:
     """The latent matrices of `model`, [N, K] each: those whose signs are what is kept of them."""
     return [layer.weight for _, layer in binary_layers(model)]
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: the latents, or of a model that has none the matrices of its blocks."""
+    if found := latents(model):
+        return found
+    modules = find_blocks(model)[1].modules()
+    return [module.weight for module in modules if type(module) in (nn.Linear, Conv1D)]
 
 
 @dataclass(frozen=True)
