@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -81,11 +81,9 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
-class DistillOptions:
-    """Train a 1-bit student of a model (the teacher): sign matrices by what the teacher answers."""
+class TrainingOptions:
+    """What is trained on what, and where its run lies."""
 
-    teacher: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="TEACHER")] = None
-    """Hugging Face model directory or hub id; the student starts from it."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="RUN")] = None
     """Directory of the run: checkpoints, metrics.jsonl, pictures."""
     method: str = "onebit"
@@ -95,7 +93,7 @@ class DistillOptions:
     or hub:NAME:CONFIG:SPLIT:COLUMN, which is streamed; behind each @50M for so many tokens of its beginning at most,
     =WEIGHT for a mixture; may be repeated."""
     recipe: str | None = None
-    """Named recipe (see signbit distill --list), or a .toml file of one; flags beside it go before it."""
+    """Named recipe (see --list), or a .toml file of one; flags beside it go before it."""
     list: bool = False
     """List the recipes and exit."""
     resume: bool = False
@@ -112,6 +110,31 @@ class DistillOptions:
     """Directory in which tokenized text is kept and found again; default: RUN/data."""
     teacher_logits: str | None = None
     """FILE.logits of signbit data teacher-logits: what TEACHER answers to all of the data, in place of running it."""
+
+
+@dataclass(frozen=True)
+class DistillOptions(TrainingOptions):
+    """Train a 1-bit student of a model (the teacher): sign matrices by what the teacher answers."""
+
+    teacher: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="TEACHER")] = None
+    """Hugging Face model directory or hub id; the student starts from it."""
+
+
+@dataclass(frozen=True)
+class PretrainOptions(TrainingOptions):
+    """Train a 1-bit model from scratch, with a teacher (autoregressive distillation) or without; or a dense one beside it."""
+
+    method: str = "fbi"
+    """Method, or none for a model in full precision; its own options are listed below (see --method NAME --help for
+    another's)."""
+    teacher: Annotated[str | None, tyro.conf.arg(metavar="TEACHER")] = None
+    """Model directory or hub id to learn from, of whatever shape; without one the next token is learnt (--kd-alpha 0)."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="TOKENIZER")] = None
+    """Directory or hub id of the tokenizer; default: TEACHER's, or MODEL's."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Model directory or hub id to start from, in the place of a shape."""
+    random: bool = False
+    """Take MODEL's shape, and random weights."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +201,7 @@ class PackOptions:
     """Write a run's newest checkpoint as a packed 1-bit directory."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Directory of a run of signbit distill."""
+    """Directory of a run of signbit distill or pretrain."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="OUT")]
     """Directory to write."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -437,70 +460,128 @@ def quantize(argv: Sequence[str]) -> None:
     print(f"wrote {path}; see `signbit info {args.out}`")
 
 
-def distill(argv: Sequence[str]) -> None:
-    """`signbit distill`."""
+def _parse_training(
+    verb: str, argv: Sequence[str], base: type[TrainingOptions], recipe: dict[str, Any], **parts: type
+) -> Any:
+    """The options of a run, those of `recipe` where no flag says otherwise; `parts` beside those that all runs have."""
     from signbit.methods import METHODS
     from signbit.methods.base import find_method
     from signbit.train import Objective, Schedule, Trained, TrainOptions
-    from signbit.train.recipe import read_recipe, recipe_names
+    from signbit.train.recipe import DENSE
 
-    if "--list" in argv:
-        for name, about in recipe_names().items():
-            print(f"{name:28} {about}")
-        return
-    wanted = _option_value(argv, "--recipe", "")
-    recipe = read_recipe(wanted) if wanted else {}
     # One length of the run goes before the recipe's other one.
-    for flag, other in (("--max-steps", "max_minutes"), ("--max-minutes", "max_steps")):
-        if _option_value(argv, flag, ""):
-            recipe.get("train", {}).pop(other, None)
-    for flag in ("data", "keep"):  # they would be appended
-        if _option_value(argv, f"--{flag}", ""):
-            recipe.pop(flag, None)
-    name = _option_value(argv, "--method", recipe.get("method", "onebit"))
-    method = find_method(METHODS, name).options
-    field = name.replace("-", "_")
-    parts: dict[str, type] = {
-        field: method,
-        "objective": Objective,
-        "train": TrainOptions,
-        "schedule": Schedule,
-        "trained": Trained,
-    }
-    defaults = {key: value for key, value in recipe.items() if key in parts or key in ("teacher", "data", "keep")}
-    args = _parse("distill", argv, DistillOptions, {**defaults, "method": name}, **parts)
-    if args.teacher is None or args.out is None:
-        raise OptionError("what and where to? signbit distill TEACHER -o RUN --data FILE --max-steps N")
-    if not args.data:
-        raise OptionError("what is learnt from? give --data FILE (.txt, .jsonl, .parquet, .tokens), or a named set")
+    lengths = ("max_steps", "max_minutes", "max_passes")
+    if any(_option_value(argv, _flag(key), "") for key in lengths):
+        for key in lengths:
+            recipe.get("train", {}).pop(key, None)
+    for key in ("data", "keep"):  # they would be appended
+        if _option_value(argv, _flag(key), ""):
+            recipe.pop(key, None)
+    name = _option_value(argv, "--method", recipe.get("method", base.method))
+    if name != DENSE or base is DistillOptions:
+        parts = {name.replace("-", "_"): find_method(METHODS, name).options, **parts}
+    parts |= {"objective": Objective, "train": TrainOptions, "schedule": Schedule, "trained": Trained}
+    known = {*parts, *(field.name for field in fields(base))}
+    defaults = {key: value for key, value in recipe.items() if key in known}
+    return _parse(verb, argv, base, {**defaults, "method": name}, **parts)
 
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _run_training(args: Any, teacher: str | None, tokenizer: str, **start: Any) -> None:
+    """Trains as `args` say a student that starts as `start` says."""
     from signbit.hub.config import SignbitConfig
-    from signbit.hub.distill import Recipe
-    from signbit.hub.distill import distill as run
+    from signbit.hub.distill import Recipe, Start, train
     from signbit.methods.rules import parse_rule
 
+    if not args.data:
+        raise OptionError("what is learnt from? give --data FILE (.txt, .jsonl, .parquet, .tokens), or a named set")
     _quiet()
-    rules: dict[str, dict[str, Any]] = {}
-    for text in args.rule:
-        pattern, values = parse_rule(text, method)
-        rules[pattern] = {**rules.pop(pattern, {}), **values}
-    options = asdict(getattr(args, field))
-    config = SignbitConfig(args.method, "keep", args.keep, args.allow_partial, rules, **options)
+    options = getattr(args, args.method.replace("-", "_"), None)
+    config = None
+    if options is not None:
+        rules: dict[str, dict[str, Any]] = {}
+        for text in args.rule:
+            pattern, values = parse_rule(text, type(options))
+            rules[pattern] = {**rules.pop(pattern, {}), **values}
+        config = SignbitConfig(args.method, "keep", args.keep, args.allow_partial, rules, **asdict(options))
+    elif args.keep or args.rule or args.allow_partial:
+        raise OptionError("--keep, --rule and --allow-partial are for binary layers, of which --method none has none")
+    recipe = Recipe(
+        Start(**start), teacher, tokenizer, config, args.data, args.objective, args.train, args.schedule, args.trained,
+        args.teacher_logits,
+    )  # fmt: skip
     bars = _Bars()
     try:
-        last = run(
-            Recipe(
-                args.teacher, config, args.data, args.objective, args.train, args.schedule, args.trained,
-                args.teacher_logits,
-            ),
-            args.out, args.resume, args.data_dir, args.cache, bars.tokenizing,
-        )  # fmt: skip
+        last = train(recipe, args.out, args.resume, args.data_dir, args.cache, bars.tokenizing, _note)
     finally:
         bars.close()
     if last is None:
         return  # another process says it
-    print(f"{last} is the last checkpoint; metrics.jsonl, loss.png and flips.png lie beside it")
+    pictures = "loss.png lies" if config is None else "loss.png and flips.png lie"
+    print(f"{last} is the last checkpoint; metrics.jsonl, {pictures} beside it")
     print(f"pack it: signbit pack {args.out} -o OUT")
+
+
+def _list_recipes(pretrained: bool) -> None:
+    from signbit.train.recipe import recipe_names
+
+    for name, about in recipe_names(pretrained).items():
+        print(f"{name:28} {about}")
+
+
+def distill(argv: Sequence[str]) -> None:
+    """`signbit distill`."""
+    from signbit.train.recipe import PRETRAINED, read_recipe
+
+    if "--list" in argv:
+        _list_recipes(pretrained=False)
+        return
+    wanted = _option_value(argv, "--recipe", "")
+    recipe = read_recipe(wanted) if wanted else {}
+    if foreign := [key for key in PRETRAINED if key in recipe]:
+        raise OptionError(
+            f"the recipe {wanted} has {foreign[0]!r}, which signbit pretrain takes and signbit distill does not"
+        )
+    args = _parse_training("distill", argv, DistillOptions, recipe)
+    if args.teacher is None or args.out is None:
+        raise OptionError("what and where to? signbit distill TEACHER -o RUN --data FILE --max-steps N")
+    _run_training(args, args.teacher, args.teacher, model=args.teacher)
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """`signbit pretrain`."""
+    from signbit.models import Shape
+    from signbit.train.recipe import read_recipe
+
+    if "--list" in argv:
+        _list_recipes(pretrained=True)
+        return
+    wanted = _option_value(argv, "--recipe", "")
+    recipe = read_recipe(wanted) if wanted else {}
+    recipe["trained"] = {"train_embeddings": True, **recipe.get("trained", {})}
+    taught = _option_value(argv, "--teacher", recipe.get("teacher", ""))
+    if not taught:
+        no_teacher = {"kd_alpha": 0.0, "kd_beta": 0.0, "kd_beta_last": None, "kd_gamma": 0.0}
+        recipe["objective"] = {**recipe.get("objective", {}), **no_teacher}
+    args = _parse_training("pretrain", argv, PretrainOptions, recipe, shape=Shape)
+    tokenizer = args.tokenizer or args.teacher or args.model
+    if args.out is None:
+        raise OptionError("where to? signbit pretrain --recipe NAME --teacher TEACHER --data FILE -o RUN")
+    if tokenizer is None:
+        raise OptionError("whose tokenizer? give --tokenizer, or --teacher or --model, whose it then is")
+    if args.model is None and args.random:
+        raise OptionError("--random takes the shape of --model and not its weights; a shape alone is random anyway")
+    if args.model is not None and (
+        flags := [f for f in map(_flag, Shape.__dataclass_fields__) if _option_value(argv, f, "")]
+    ):
+        raise OptionError(f"{flags[0]} is for a student without --model, which has a shape; leave one of both out")
+    if not taught:
+        _note("there is no teacher: the loss is that of the next token")
+    start = {"shape": args.shape} if args.model is None else {"model": args.model, "random": args.random}
+    _run_training(args, args.teacher, tokenizer, **start)
 
 
 def data(argv: Sequence[str]) -> None:
@@ -786,6 +867,7 @@ def _load_to_run(args: Any) -> tuple[Any, Any]:
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
     "distill": (distill, DistillOptions),
+    "pretrain": (pretrain, PretrainOptions),
     "pack": (pack, PackOptions),
     "data": (data, DataOptions),
     "info": (info, InfoOptions),
@@ -834,6 +916,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = {
             "quantize": "; the same command goes on at the last finished block",
             "distill": "; with --resume it goes on at the last checkpoint",
+            "pretrain": "; with --resume it goes on at the last checkpoint",
             "data": "; the same command goes on with what is written",
         }
         resume = resumes.get(argv[0], "")

@@ -11,7 +11,7 @@ from signbit.cli import main
 from signbit.errors import OptionError
 from signbit.hub import distill as distill_module
 from signbit.hub.config import SignbitConfig
-from signbit.hub.distill import RUN, Recipe
+from signbit.hub.distill import RUN, Recipe, Start
 from signbit.methods import METHODS
 from signbit.ptq import Plan
 from signbit.train import Budget, DistillTrainer, Objective, Schedule, Trained, TrainOptions, start_training_
@@ -253,7 +253,18 @@ def test_a_captured_step_is_refused(tmp_path, monkeypatch):
         options = TrainOptions(max_steps=2, cuda_graph=True)
     message = "--cuda-graph gives its step token ids alone.* leave out --teacher-logits"
     with pytest.raises(OptionError, match=message):
-        Recipe("x", SignbitConfig("onebit"), ("x",), Objective(), options, Schedule(), Trained(), "some.logits")
+        Recipe(
+            Start("x"),
+            "x",
+            "x",
+            SignbitConfig("onebit"),
+            ("x",),
+            Objective(),
+            options,
+            Schedule(),
+            Trained(),
+            "some.logits",
+        )
     with pytest.raises(OptionError, match=message):
         DistillTrainer(
             families.llama(), None, Objective(), options, Schedule(), Budget(2, None), [], None, tmp_path, 64

@@ -438,7 +438,7 @@ def test_flips_are_counted_layer_by_layer():
         ("--sequence-length 100000", "length"),
         ("--method pbllm", "this method has no layer that is trained"),
         ("--recipe none-such", "there is no recipe 'none-such'"),
-        ("--max-minutes 1", "give either --max-steps N or --max-minutes M"),
+        ("--max-minutes 1", "give either --max-steps N, --max-minutes M or --max-passes P"),
     ],
 )
 def test_bad_input_is_refused_in_words(llama_dir, text, tmp_path, capsys, change, message):

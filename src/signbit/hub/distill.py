@@ -1,4 +1,4 @@
-"""From a teacher's directory to its logits on the disk and to a run's, and from a run's to a packed one."""
+"""From a student's start and a teacher's directory to a run's, from a run's to a packed one, and a teacher's logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,17 @@ from signbit.data import (
     write_teacher_logits,
 )
 from signbit.data.calibration import Progress
-from signbit.data.tokenfile import tokenizer_digest
+from signbit.data.tokenfile import tokenizer_digest, vocabulary_size
 from signbit.errors import FormatError, OptionError, TrainingError
 from signbit.hub.config import SignbitConfig
-from signbit.hub.load import load_any, load_tokenizer, torch_device
+from signbit.hub.load import load_any, load_config, load_tokenizer, torch_device
 from signbit.hub.quantizer import finish_
-from signbit.hub.save import save
+from signbit.hub.save import save, save_dense
 from signbit.hub.stream import source_digests
 from signbit.linear import Int8Head, PackedLinear
 from signbit.methods import METHODS
 from signbit.methods.base import find_method
-from signbit.models import set_module
+from signbit.models import Shape, set_module
 from signbit.models.structure import find_blocks
 from signbit.train import (
     METRICS,
@@ -48,8 +48,10 @@ from signbit.train import (
     Schedule,
     Trained,
     TrainOptions,
+    check_length,
     last_checkpoint,
     pack_training_,
+    start_dense_,
     start_training_,
 )
 from signbit.train.plot import plot_run
@@ -61,11 +63,30 @@ Tokenizing = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a student starts from: a model's weights, or random ones in a model's shape or another."""
+
+    model: str | None = None
+    """Directory or hub id."""
+    random: bool = False
+    """Take the model's shape and not its weights."""
+    shape: Shape | None = None
+    """Where there is no model."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.shape is None):
+            raise OptionError("a student starts from a model or from a shape; give one of both")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a run gives: what `run.json` keeps, and what a resumed run must agree with."""
 
-    teacher: str
-    config: SignbitConfig
+    start: Start
+    teacher: str | None
+    tokenizer: str
+    config: SignbitConfig | None
+    """How the student is binary; None trains it in full precision."""
     data: tuple[str, ...]
     objective: Objective
     options: TrainOptions
@@ -78,13 +99,19 @@ class Recipe:
         if self.teacher_logits is not None:
             self.objective.check_top()
             self.options.check_top()
+        if self.teacher is None and (self.objective.needs_teacher or self.teacher_logits is not None):
+            raise OptionError(
+                "the objective looks at a teacher, and there is none; give one, or --kd-alpha 0 --kd-beta 0"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "signbit": VERSION,
+            "start": asdict(self.start),
             "teacher": self.teacher,
-            "config": self.config.settings(),
+            "tokenizer": self.tokenizer,
+            "config": None if self.config is None else self.config.settings(),
             "data": list(self.data),
             "objective": asdict(self.objective),
             "options": json.loads(json.dumps(asdict(self.options))),
@@ -132,8 +159,12 @@ def _data(
 ) -> tuple[Blocks, Blocks | None]:
     options, sources = recipe.options, TrainingData.parse(recipe.data)
     files, weights = _files(sources, tokenizer, folder, data_dir, progress), sources.weights
-    steps = options.max_steps if options.max_steps is not None else 10_000_000
     held = options.validation_blocks
+    if options.max_passes is not None:
+        one_pass = len(Blocks(files, options.sequence_length, None, weights, options.seed, "train", held))
+        steps = max(round(options.max_passes * one_pass / options.batch_size), 1)
+    else:
+        steps = options.max_steps if options.max_steps is not None else 10_000_000
     train = Blocks(files, options.sequence_length, steps * options.batch_size, weights, options.seed, "train", held)
     if held == 0:
         return train, None
@@ -174,35 +205,41 @@ def teacher_logits(
     return write_teacher_logits(model, _model_digest(teacher), files, out, length, top, batch, progress)
 
 
-def distill(
+def train(
     recipe: Recipe,
     out: str | Path,
     resume: bool = False,
     data_dir: str | None = None,
     cache: str | Path | None = None,
     progress: Tokenizing | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Path | None:
-    """Trains a student of `recipe.teacher` as the recipe says, in the directory `out`; returns its last checkpoint.
+    """Trains a student as the recipe says, in the directory `out`; returns its last checkpoint.
 
     Of several processes the first returns it, the others None. `resume` goes on at the newest complete checkpoint. `cache`
-    is where token files are kept (default: out/data).
+    is where token files are kept (default: out/data). `note` is told what the student is, where no model's weights say it.
     Raises TrainingError for a directory that holds another run, or none to go on with, and for a run that cannot go on;
-    DataError for teacher's logits of another model, or of other text.
+    DataError for teacher's logits of another model, or of other text; OptionError for a tokenizer that is not the model's.
     """
     out = Path(out)
     _check_devices()
     checkpoint = _check_run(recipe, out, resume)
-    budget = Budget(recipe.options.max_steps, recipe.options.max_minutes)
-    tokenizer = load_tokenizer(recipe.teacher)
+    options = recipe.options
+    check_length(options.max_steps, options.max_minutes, options.max_passes)
+    tokenizer = load_tokenizer(recipe.tokenizer)
     logits = None if recipe.teacher_logits is None else read_teacher_logits(recipe.teacher_logits)
     if logits is not None:
-        logits.check(_model_digest(recipe.teacher), tokenizer_digest(tokenizer), recipe.options.sequence_length)
+        assert recipe.teacher is not None
+        logits.check(_model_digest(recipe.teacher), tokenizer_digest(tokenizer), options.sequence_length)
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    if recipe.options.teacher_device is not None:
-        torch_device(recipe.options.teacher_device)
+    if options.teacher_device is not None:
+        torch_device(options.teacher_device)
     folder = Path(cache) if cache else out / "data"
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find what it made
         data, validation = _data(recipe, tokenizer, folder, data_dir, progress)
+    if options.max_passes is not None:
+        options = replace(options, max_passes=None, max_steps=len(data) // options.batch_size)
+    budget = Budget(options.max_steps, options.max_minutes)
     tokens = [file.path.name for file in data.files]  # which tell its content
     told = None if logits is None else {"file": str(logits.path), **logits.recipe()}
     if resume:
@@ -215,19 +252,23 @@ def distill(
     blocks: tuple[Any, Any] = data, validation
     if logits is not None:
         blocks = TaughtBlocks(data, logits), None if validation is None else TaughtBlocks(validation, logits)
-    torch.manual_seed(recipe.options.seed)
-    student = _dense(recipe.teacher, where, torch.float32)
-    method = find_method(METHODS, recipe.config.method)
-    report = start_training_(student, method, recipe.config.plan, recipe.trained)
+    torch.manual_seed(options.seed)
+    student = _student(recipe, tokenizer, where, note)
+    if recipe.config is None:
+        report = start_dense_(student, recipe.trained)
+    else:
+        method = find_method(METHODS, recipe.config.method)
+        report = start_training_(student, method, recipe.config.plan, recipe.trained)
     teacher = None
     if recipe.objective.needs_teacher and logits is None:
-        teacher = _teacher(recipe.teacher, recipe.options, where)
+        assert recipe.teacher is not None
+        teacher = _teacher(recipe.teacher, options, where)
     if recipe.objective.kd_gamma > 0:
         for model in (student, teacher):
             if model is not None:
                 model.set_attn_implementation("eager")
     trainer = DistillTrainer(
-        student, teacher, recipe.objective, recipe.options, recipe.schedule, budget, *blocks, out,
+        student, teacher, recipe.objective, options, recipe.schedule, budget, *blocks, out,
         None if logits is None else logits.vocabulary,
     )  # fmt: skip
     if trainer.is_world_process_zero():
@@ -242,6 +283,37 @@ def distill(
     last = last_checkpoint(out)
     assert last is not None
     return last
+
+
+def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], None]) -> Any:
+    """The dense model that the student starts as, float32: as it is stored, or drawn at random.
+
+    A random one has the teacher's vocabulary, or where there is no teacher its tokenizer's, if no model says another.
+    """
+    start, needed = recipe.start, vocabulary_size(tokenizer)
+    if start.model is not None and not start.random:
+        model = _dense(start.model, where, torch.float32)
+    else:
+        taught = (
+            None if recipe.teacher is None else load_config(recipe.teacher, packed=True).get_text_config().vocab_size
+        )
+        if start.shape is not None:
+            ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+            config = start.shape.config(taught or needed, **ids)
+        else:
+            assert start.model is not None
+            config = load_config(start.model)
+            config.get_text_config().vocab_size = taught or config.get_text_config().vocab_size
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(where)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        note(f"the student starts from random weights: {count:,} parameters, a vocabulary of {config.vocab_size}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if recipe.tokenizer != start.model and rows < needed:
+        raise OptionError(
+            f"the tokenizer {recipe.tokenizer} has {needed} tokens, the student a vocabulary of {rows}; give the tokenizer "
+            "that belongs to it"
+        )
+    return model
 
 
 def _teacher(name: str, options: TrainOptions, where: str) -> Any:
@@ -284,12 +356,13 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     if not run.is_file():
         raise TrainingError(f"{out} holds no run to go on with; leave --resume out to begin one")
     before, now = json.loads(run.read_text()), recipe.to_dict()
-    for part in ("teacher", "config", "data", "objective", "options", "schedule", "trained"):
-        if before[part] != now[part]:
+    for part in ("start", "teacher", "tokenizer", "config", "data", "objective", "options", "schedule", "trained"):
+        there, here = before.get(part), now[part]
+        if there != here:
             differs = part
-            if isinstance(now[part], dict):
-                keys = [key for key in now[part] if now[part][key] != before[part].get(key)]
-                differs = f"{keys[0]} ({before[part].get(keys[0])!r} there, {now[part][keys[0]]!r} here)"
+            if isinstance(there, dict) and isinstance(here, dict):
+                key = next(key for key in {**here, **there} if here.get(key) != there.get(key))
+                differs = f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
             raise TrainingError(f"{out} is another run: {differs} differs; give the same options, or another directory")
     return last_checkpoint(out)
 
@@ -306,13 +379,21 @@ def _check_same_logits(out: Path, before: dict[str, Any], now: dict[str, Any]) -
 def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str = "float32") -> tuple[Path, int]:
     """Writes the newest complete checkpoint of `run` as a packed directory; returns it and how many latents were 0.
 
-    `dtype` is what everything but signs is stored in; float32 loses nothing. Raises TrainingError if there is none.
+    `dtype` is what everything but signs is stored in; float32 loses nothing. A run in full precision has nothing to pack,
+    and becomes an ordinary model directory. Raises TrainingError if there is no checkpoint, OptionError for what the packed
+    layer cannot hold (BitNet's shifted activations).
     """
     run = Path(run)
     checkpoint = last_checkpoint(run)
     if not (run / RUN).is_file() or checkpoint is None:
-        raise TrainingError(f"{run} holds no complete checkpoint; give the directory of a run of signbit distill")
-    settings = json.loads((run / RUN).read_text())
+        raise TrainingError(
+            f"{run} holds no complete checkpoint; give the directory of a run of signbit distill or pretrain"
+        )
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise OptionError(f"--dtype is {dtype!r}; float32, float16 and bfloat16 are allowed")
+    settings, tokenizer = json.loads((run / RUN).read_text()), load_tokenizer(str(run / "tokenizer"))
+    if settings["config"] is None:
+        return save_dense(load_any(str(checkpoint), dtype), out, tokenizer, overwrite), 0
     config = _config(settings["config"])
     method = find_method(METHODS, config.method)
     with init_empty_weights(), torch.no_grad():
@@ -328,18 +409,8 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
         name = (list(unexpected) or missing)[0]
         raise FormatError(f"{checkpoint}: the tensor {name} is {'unknown' if unexpected else 'missing'}; it is damaged")
     packed = pack_training_(model, report)
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise OptionError(f"--dtype is {dtype!r}; float32, float16 and bfloat16 are allowed")
     model.to(getattr(torch, dtype))
     finish_(model, config, packed.report)
-    command = f"signbit pack {run}"
-    path = save(
-        model.eval(),
-        out,
-        load_tokenizer(str(run / "tokenizer")),
-        packed.report,
-        settings["teacher"],
-        command,
-        overwrite,
-    )
-    return path, packed.zeros
+    start, command = settings["start"], f"signbit pack {run}"
+    base = None if start["random"] else start["model"]
+    return save(model.eval(), out, tokenizer, packed.report, base, command, overwrite), packed.zeros

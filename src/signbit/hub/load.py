@@ -114,6 +114,13 @@ def load_any(model: str, dtype: str = "auto", device: str = "cpu") -> Any:
     return loaded.to(device).eval()
 
 
+def load_config(model: str, packed: bool = False) -> Any:
+    """The configuration of a full-precision model, or with `packed` of any; raises FormatError as `load_source` does."""
+    _check_directory(model)
+    with _explained(model):
+        return AutoConfig.from_pretrained(model) if packed else _source_config(model)
+
+
 def load_source(model: str, device: str = "cpu", skeleton: bool = False) -> Any:
     """The full-precision model to quantize, in the dtype it is stored in; `skeleton`: on meta, no weight is read.
 

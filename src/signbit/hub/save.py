@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from signbit import format as packed_format
 from signbit.errors import FormatError, OptionError
 from signbit.hub.card import make_card
-from signbit.hub.quantizer import SignbitHfQuantizer
+from signbit.hub.quantizer import SignbitHfQuantizer, saved_tensors
 from signbit.models import Report
 
 MODULE = "modeling_signbit"
@@ -87,3 +87,14 @@ def save(
     files[f"{MODULE}.py"] = _auto_map_module(architecture, config_class).encode()
     files["README.md"] = make_card(model, tensors, report or quantizer.report, base_model, command).encode()
     return packed_format.write(out, tensors, files, overwrite)
+
+
+def save_dense(model: nn.Module, out: str | Path, tokenizer: Any = None, overwrite: bool = False) -> Path:
+    """Writes a model in full precision to the directory `out`, complete or not at all; returns its path.
+
+    Raises FormatError as `save` does.
+    """
+    packed_format.check_target(out, overwrite)
+    config: Any = model.config
+    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    return packed_format.write(out, saved_tensors(model), _small_files(model, tokenizer), overwrite)

@@ -1,6 +1,6 @@
 """Training: students of binary layers, what they are taught by, and the trainer."""
 
-from signbit.train.budget import Budget, Schedule
+from signbit.train.budget import Budget, Schedule, check_length
 from signbit.train.checkpoints import last_checkpoint
 from signbit.train.metrics import METRICS
 from signbit.train.muon import Muon, Together, orthogonalized
@@ -16,7 +16,17 @@ from signbit.train.objectives import (
     top_kl_divergence,
 )
 from signbit.train.outputs import States, head_of
-from signbit.train.students import Flips, Packed, Trained, binary_layers, latents, pack_training_, start_training_
+from signbit.train.students import (
+    Flips,
+    Packed,
+    Trained,
+    binary_layers,
+    latents,
+    matrices,
+    pack_training_,
+    start_dense_,
+    start_training_,
+)
 from signbit.train.trainer import DistillTrainer, TrainOptions
 
 __all__ = [
@@ -36,15 +46,18 @@ __all__ = [
     "Trained",
     "attention_distance",
     "binary_layers",
+    "check_length",
     "head_of",
     "hidden_distance",
     "kl_divergence",
     "last_checkpoint",
     "latents",
+    "matrices",
     "orthogonalized",
     "output_loss",
     "pack_training_",
     "soft_cross_entropy",
+    "start_dense_",
     "start_training_",
     "top_kl_divergence",
 ]

@@ -46,6 +46,17 @@ class Schedule:
         return self.last_share + (1 - self.last_share) * left
 
 
+def check_length(max_steps: int | None, max_minutes: float | None, max_passes: float | None = None) -> None:
+    """Raises OptionError unless exactly one length of a run is given, and it is positive."""
+    if sum(length is not None for length in (max_steps, max_minutes, max_passes)) != 1:
+        raise OptionError("how long? give either --max-steps N, --max-minutes M or --max-passes P")
+    if max_steps is not None and max_steps < 1:
+        raise OptionError(f"--max-steps is {max_steps}; at least one step is needed")
+    for name, value in (("minutes", max_minutes), ("passes", max_passes)):
+        if value is not None and not value > 0:
+            raise OptionError(f"--max-{name} is {value}; a positive number is needed")
+
+
 class Budget:
     """Steps, or minutes of training; of minutes those count that runs before a resumption used.
 
@@ -55,12 +66,7 @@ class Budget:
     def __init__(
         self, max_steps: int | None, max_minutes: float | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        if (max_steps is None) == (max_minutes is None):
-            raise OptionError("how long? give either --max-steps N or --max-minutes M")
-        if max_steps is not None and max_steps < 1:
-            raise OptionError(f"--max-steps is {max_steps}; at least one step is needed")
-        if max_minutes is not None and not max_minutes > 0:
-            raise OptionError(f"--max-minutes is {max_minutes}; a positive number is needed")
+        check_length(max_steps, max_minutes)
         self.max_steps, self.max_minutes, self._clock = max_steps, max_minutes, clock
         self._began = clock()
         #: Seconds that were used before `begin`, and those that are used by now, as they were last told.

@@ -107,26 +107,32 @@ class Metrics(TrainerCallback):
         rate = (state.global_step - step) * tokens / max(now - began, 1e-9)
         self._last = (state.global_step, now)
         line: dict[str, Any] = {"step": state.global_step, "loss": logs["loss"], **parts}
-        line |= {"learning_rate": logs["learning_rate"], "flips": trainer.flips.share(by_layer)}
+        line["learning_rate"] = logs["learning_rate"]
+        if by_layer:
+            line["flips"] = logs["flips"] = trainer.flips.share(by_layer)
         norm = getattr(trainer.optimizer, "grad_norm", None) if trainer.optimizer is not None else None
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         norm = logs.get("grad_norm", getattr(optimizer, "grad_norm", norm))
         if norm is not None:
             line["grad_norm"] = float(norm)
-        line |= {"tokens": state.global_step * tokens, "flips_by_layer": by_layer}
+        line["tokens"] = state.global_step * tokens
+        if by_layer:
+            line["flips_by_layer"] = by_layer
         line |= {"tokens_per_s": rate, "used_s": trainer.budget.used_s}
-        logs |= {"flips": line["flips"], "tokens_per_s": rate, **parts}
+        logs |= {"tokens_per_s": rate, **parts}
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {line['loss']:.4g}, flips {line['flips']:.2%}, {rate:,.0f} tokens/s")
+            flips = f", flips {line['flips']:.2%}" if by_layer else ""
+            self._bar.set_postfix_str(f"loss {line['loss']:.4g}{flips}, {rate:,.0f} tokens/s")
         late = state.global_step >= 5 * trainer.options.log_every
-        if late and not self._warned and line["flips"] == 0 and logs["learning_rate"] > 0:
+        learns = logs["learning_rate"] > 0 and any(latent.requires_grad for latent in latents(trainer.model))
+        if late and learns and not self._warned and line["flips"] == 0:
             self._warned = True
             print(
                 f"WARNING: not one sign changed in the last {trainer.options.log_every} steps; what is trained will pack to "
-                "the start. Raise --learning-rate, or lower --latent-size",
+                "the start. Raise --learning-rate, or give smaller latents to start from",
                 file=sys.stderr,
             )
 

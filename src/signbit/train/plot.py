@@ -18,7 +18,8 @@ def plot_run(metrics: str | Path, folder: str | Path) -> list[Path]:
     """Draws loss.png and flips.png into `folder` from a run's metrics.jsonl; returns those that were drawn.
 
     Loss: the whole and its parts over tokens, and the loss on held-out blocks. Flips: the share of all signs that changed
-    a step, and of the layers the one with most and the one with fewest. Without matplotlib nothing is drawn.
+    a step, and of the layers the one with most and the one with fewest; a dense run has none. Without matplotlib nothing
+    is drawn.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,6 +56,8 @@ def plot_run(metrics: str | Path, folder: str | Path) -> list[Path]:
     axes.set_yscale("log")
     axes.legend()
     canvas.savefig(drawn[-1], dpi=120)
+    if "flips" not in lines[0]:
+        return drawn
     canvas, axes = figure("flips.png", "signs that changed, % a step")
     steps = [b["step"] - a["step"] for a, b in zip([{"step": 0}, *lines], lines, strict=False)]
     share = [100 * row["flips"] / step for row, step in zip(lines, steps, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any
 from signbit.errors import OptionError
 from signbit.methods import METHODS
 from signbit.methods.base import check_options, find_method
+from signbit.models import Shape
 from signbit.train.budget import Schedule
 from signbit.train.objectives import Objective
 from signbit.train.students import Trained
@@ -22,18 +23,27 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+#: The method of a student in full precision.
+DENSE = "none"
 #: The tables of a recipe beside the method's own, which has its name.
-_TABLES: dict[str, type] = {"objective": Objective, "train": TrainOptions, "schedule": Schedule, "trained": Trained}
-_PLAIN = ("about", "teacher", "method", "data", "keep", "result")
+_TABLES: dict[str, type] = {
+    "shape": Shape, "objective": Objective, "train": TrainOptions, "schedule": Schedule, "trained": Trained,
+}  # fmt: skip
+#: What only a student that does not start as its teacher has; `vocabulary` is that of the published run, a run has its
+#: tokenizer's.
+PRETRAINED = ("shape", "model", "random", "tokenizer", "vocabulary")
+_PLAIN = ("about", "teacher", "method", "data", "keep", "result", *PRETRAINED[1:])
 
 
-def recipe_names() -> dict[str, str]:
-    """The recipes that signbit carries, and what each is."""
+def recipe_names(pretrained: bool | None = None) -> dict[str, str]:
+    """The recipes that signbit carries, and what each is; those of signbit pretrain, those of distill, or all (None)."""
     folder = files("signbit.train").joinpath("recipes")
-    found = sorted(path.name for path in folder.iterdir() if path.name.endswith(".toml"))
+    paths = sorted((path for path in folder.iterdir() if path.name.endswith(".toml")), key=lambda path: path.name)
+    recipes = {path.name.removesuffix(".toml"): _read(path.read_text(encoding="utf-8"), path.name) for path in paths}
     return {
-        name.removesuffix(".toml"): _read(folder.joinpath(name).read_text(encoding="utf-8"), name)["about"]
-        for name in found
+        name: recipe["about"]
+        for name, recipe in recipes.items()
+        if pretrained in (None, any(key in recipe for key in PRETRAINED))
     }
 
 
@@ -62,8 +72,9 @@ def _read(text: str, name: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"the recipe {name} is no TOML ({error})") from error
     method = recipe.setdefault("method", "onebit")
-    options = find_method(METHODS, method).options
-    tables = {**_TABLES, method.replace("-", "_"): options}
+    tables = dict(_TABLES)
+    if method != DENSE:
+        tables[method.replace("-", "_")] = options = find_method(METHODS, method).options
     for key, value in recipe.items():
         if key in tables and isinstance(value, dict):
             what = f"[{key}] in the recipe {name}"

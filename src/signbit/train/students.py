@@ -18,9 +18,6 @@ from signbit.models.structure import find_blocks
 from signbit.train.divided import is_divided, local
 
 
-DENSE = "full precision"
-
-
 @dataclass(frozen=True)
 class Trained:
     """What is trained beside the binary layers; everything else is frozen."""
@@ -68,7 +65,8 @@ def start_dense_(model: nn.Module, trained: Trained) -> Report:
     _train_rest_(model, trained)
     for matrix in matrices(model):
         matrix.requires_grad_(True)
-    kept = (Decision(target.name, "kept", DENSE, target.out_features * target.in_features) for target in structure.targets)
+    why = "full precision"
+    kept = (Decision(t.name, "kept", why, t.out_features * t.in_features) for t in structure.targets)
     return Report((*kept, *structure.kept), structure.block_parameters)
 
 
@@ -94,7 +92,7 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
     if found := latents(model):
         return found
     modules = find_blocks(model)[1].modules()
-    return [module.weight for module in modules if type(module) in (nn.Linear, Conv1D)]
+    return [m.weight for m in modules if isinstance(m, (nn.Linear, Conv1D)) and isinstance(m.weight, nn.Parameter)]
 
 
 @dataclass(frozen=True)

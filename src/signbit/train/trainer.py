@@ -32,7 +32,7 @@ from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, Top, attention_distance, hidden_distance, output_loss
 from signbit.train.outputs import States, head_of
-from signbit.train.students import Flips, latents
+from signbit.train.students import Flips, matrices
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class TrainOptions:
     """Length of the run in optimizer steps."""
     max_minutes: float | None = None
     """Length of the run in minutes of training; the learning rate follows."""
+    max_passes: float | None = None
+    """Length of the run in passes over all of the text (epochs)."""
     sequence_length: int = 1024
     """Tokens a sequence."""
     batch_size: int = 8
@@ -52,13 +54,16 @@ class TrainOptions:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     optim: str = "muon"
-    """muon: Muon for the latent matrices, AdamW for everything else; or any optimizer's name that transformers knows."""
+    """muon: Muon for the latent matrices (of a dense model: its blocks' matrices), AdamW for everything else; or any
+    optimizer's name that transformers knows."""
     beta1: float = 0.9
     """First momentum of AdamW."""
     beta2: float = 0.95
     """Second momentum of AdamW."""
     weight_decay: float = 0.0
     """Decay of AdamW's parameters."""
+    decay_all: bool = False
+    """Decay norms and biases too, as FBI-LLM; else they are left out, as transformers has it (muon: all of AdamW's decay)."""
     max_grad_norm: float = 1.0
     """Norm to which gradients are cut (with muon those of AdamW's parameters: Muon's updates have a size of their own)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -344,16 +349,23 @@ class DistillTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None and self.options.optim == "muon":
-            matrices = {id(parameter) for parameter in latents(self.model)}
-            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in matrices]
+            some = [p for p in matrices(self.model) if p.requires_grad]
+            chosen = {id(parameter) for parameter in some}
+            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in chosen]
             options = self.options
-            muon = Muon([p for p in latents(self.model) if p.requires_grad], lr=options.learning_rate)
             adam = torch.optim.AdamW(
                 rest, lr=options.learning_rate, betas=(options.beta1, options.beta2),
                 weight_decay=options.weight_decay, fused=bool(rest) and rest[0].is_cuda,
             )  # fmt: skip
-            self.optimizer = Together([muon, adam], options.max_grad_norm)
+            muon = [Muon(some, lr=options.learning_rate)] if some else []
+            self.optimizer = Together([*muon, adam], options.max_grad_norm)
         return super().create_optimizer(model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        if self.options.decay_all:
+            return [name for name, _ in model.named_parameters()]
+        names: list[str] = super().get_decay_parameter_names(model)
+        return names
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
