@@ -100,7 +100,8 @@ def test_text_shorter_than_one_window(tokenizer, tmp_path):
 
 def test_bad_sources(tokenizer, tmp_path):
     with pytest.raises(
-        DataError, match=r"--calibration c5: no such file; the sets with names are c4, wikitext2, ptb and self"
+        DataError,
+        match=r"--calibration c5: no such file; the sets with names are c4, wikitext2, ptb, wikitext-103-v1 and self",
     ):
         check_calibration(CalibrationOptions("c5"))
     broken = tmp_path / "broken.jsonl"

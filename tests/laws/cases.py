@@ -64,6 +64,13 @@ _RTN = {"gptq": False, "saliency": "magnitude"}
 METHOD_CASES = {
     "absmean": ("absmean", {}),
     "absmean_g": ("absmean", {"group": 32}),
+    "bitnet": ("bitnet", {}),
+    "bitnet_groups": ("bitnet", {"groups": 4}),
+    "bitnet_ternary": ("bitnet", {"weights": "ternary"}),
+    "bitnet_transformers": ("bitnet-transformers", {}),
+    "fbi": ("fbi", {}),
+    "fbi_row": ("fbi", {"pattern": "row"}),
+    "fbi_single": ("fbi", {"pattern": "single"}),
     "onebit": ("onebit", {}),
     "onebit_rank2": ("onebit", {"rank": 2}),
     "pbllm": ("pbllm", {"salient": 0.1}),

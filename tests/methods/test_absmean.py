@@ -42,7 +42,7 @@ def test_group_errors_name_the_divisors(group, message):
 def test_unknown_methods_and_options():
     with pytest.raises(
         OptionError,
-        match=r"there is no method 'absmeen'; there are absmean, onebit, pbllm, pb-gptq \(did you mean absmean",
+        match=r"there is no method 'absmeen'; there are absmean, bitnet, .*onebit, pbllm, pb-gptq \(did you mean absmean",
     ):
         find_method(METHODS, "absmeen")
     with pytest.raises(OptionError, match=r"'groups' is no option of the method absmean; it has group, scale_dtype"):

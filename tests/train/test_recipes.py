@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from signbit.cli import main
 from signbit.errors import OptionError
+from signbit.models import Shape
 from signbit.train.recipe import read_recipe, recipe_names
 from tests import families
 
@@ -14,47 +16,80 @@ NAMES = recipe_names()
 
 
 def test_the_published_ones_are_there(capsys):
-    assert {
-        f"onebit-{name}" for name in ("llama-7b", "llama-13b", "llama-2-7b", "llama-2-13b", "opt-1.3b", "opt-2.7b")
-    } < set(NAMES)
-    assert main(["distill", "--list"]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed and about in printed for name, about in NAMES.items())
+    distilled, pretrained = recipe_names(pretrained=False), recipe_names(pretrained=True)
+    onebit = ("llama-7b", "llama-13b", "llama-2-7b", "llama-2-13b", "opt-1.3b", "opt-2.7b")
+    assert {f"onebit-{name}" for name in onebit} < set(distilled)
+    bitnet = ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "30b")
+    fbi = ("130m", "1.3b", "7b", "13b")
+    assert set(pretrained) == {
+        *(f"bitnet-{name}" for name in bitnet), *(f"fbi-{name}" for name in fbi), "bitllama-wikitext103"
+    }  # fmt: skip
+    assert not set(distilled) & set(pretrained) and {**distilled, **pretrained} == NAMES
+    for verb, theirs in (("distill", distilled), ("pretrain", pretrained)):
+        assert main([verb, "--list"]) == 0
+        printed = capsys.readouterr().out
+        assert all(name in printed and about in printed for name, about in theirs.items())
+        assert len(printed.splitlines()) == len(theirs)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_runs(name, tokenizer, tmp_path, capsys):
+    """For two steps, at tiny size; what no flag says is the recipe's."""
     model = families.DENSE["opt" if "opt" in name else "llama"][0]()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(f"w{i % 61}" for i in range(4000)))
-    words = f"distill {tmp_path}/model -o {tmp_path}/run --recipe {name} --data {tmp_path}/text.txt"
-    words = [
-        *words.split(),
-        "--sequence-length",
-        "16",
-        "--batch-size",
-        "4",
-        "--accumulation",
-        "2",
-        "--validation-blocks",
-        "1",
-        "--max-steps",
-        "2",
-    ]
     recipe = read_recipe(name)
-    if recipe["train"].get("compile"):
-        words += ["--no-compile"]
-    assert main(words) == 0, capsys.readouterr().err
-    made = json.loads((tmp_path / "run" / "run.json").read_text())
-    # What no flag said is the recipe's.
-    assert made["options"]["learning_rate"] == recipe["train"]["learning_rate"]
-    assert made["options"]["optim"] == recipe["train"]["optim"]
-    assert made["objective"]["kd_beta"] == recipe["objective"]["kd_beta"]
-    assert made["config"]["options"]["norm"] == recipe["onebit"]["norm"]
-    assert torch.isfinite(
-        torch.tensor(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    pretrained = name in recipe_names(pretrained=True)
+    if not pretrained:
+        words = f"distill {tmp_path}/model"
+    else:
+        words = "pretrain --hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4"
+        words += f" --{'teacher' if recipe['objective']['kd_alpha'] > 0 else 'tokenizer'} {tmp_path}/model"
+    words += (
+        f" -o {tmp_path}/run --recipe {name} --data {tmp_path}/text.txt --sequence-length 16 --batch-size 4 "
+        "--accumulation 2 --validation-blocks 1 --max-steps 2"
     )
+    if recipe["train"].get("compile"):
+        words += " --no-compile"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    made = json.loads((tmp_path / "run" / "run.json").read_text())
+    method = recipe["method"].replace("-", "_")
+    tables = {
+        "train": made["options"], "objective": made["objective"], "schedule": made["schedule"],
+        "trained": made["trained"], method: made["config"]["options"], "shape": made["start"]["shape"],
+    }  # fmt: skip
+    given = {"max_minutes", "max_passes", *(word[2:].replace("-", "_") for word in words.split() if word[:2] == "--")}
+    for table, values in tables.items():
+        for option, value in recipe.get(table, {}).items():
+            if option not in given and not (option == "compile" and value):
+                assert values[option] == value, (table, option)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert torch.isfinite(torch.tensor(line["loss"])) and line["grad_norm"] > 0
+    assert main(f"pack {tmp_path}/run -o {tmp_path}/out".split()) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipe_names(pretrained=True))
+def test_a_shape_has_the_parameters_in_its_name(name):
+    """FBI-LLM's to four digits (methods.md 2.1), BitNet's nearly: the paper counts without saying what."""
+    recipe = read_recipe(name)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(Shape(**recipe["shape"]).config(recipe["vocabulary"]))
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    published = {
+        "fbi-130m": 134.1, "fbi-1.3b": 1364, "fbi-7b": 6738, "fbi-13b": 13015, "bitllama-wikitext103": 64.2,
+    }  # fmt: skip
+    if name in published:
+        assert count == pytest.approx(published[name], rel=1e-3)
+    else:
+        size = name.removeprefix("bitnet-")
+        named = float(size[:-1]) * (1000 if size[-1] == "b" else 1)
+        assert 0.85 * named < count < 1.05 * named
+
+
+def test_a_recipe_of_the_other_verb_is_refused(capsys):
+    assert main(["distill", "TEACHER", "-o", "RUN", "--recipe", "fbi-130m", "--data", "x"]) == 1
+    assert "has 'shape', which signbit pretrain takes and signbit distill does not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -62,6 +97,8 @@ def test_a_recipe_runs(name, tokenizer, tmp_path, capsys):
     [
         ("learning_rate = 1", "'learning_rate' is no key of a recipe"),
         ("[train]\nlearning_rat = 1", r"'learning_rat' is no option of \[train\] .*did you mean learning_rate\?"),
+        ("[shape]\nhidden = 1", r"'hidden' is no option of \[shape\]"),
+        ('method = "none"\n[onebit]\nrank = 1', "'onebit' is no key of a recipe"),
         ("[onebit]\nranks = 1", r"'ranks' is no option of \[onebit\]"),
         ("[train", "is no TOML"),
         ('method = "twobit"', "there is no method 'twobit'"),

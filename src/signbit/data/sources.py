@@ -88,6 +88,15 @@ SETS: dict[str, TextSet] = {
             hub_revision=_PARQUET,
             rows="stripped",
         ),
+        TextSet(
+            "wikitext-103-v1",
+            "WikiText-103 train, tokenized form whose rare words are <unk>; each line a document",
+            1801350,
+            None,
+            ("wikitext-103-v1/wiki.train.tokens", "wikitext-103/wiki.train.tokens"),
+            ("Salesforce/wikitext", "wikitext-103-v1", "train", "text"),
+            rows="lines",
+        ),
     )
 }
 PROTOCOLS: dict[str, Protocol] = {

@@ -142,7 +142,7 @@ class BitnetLinear(BinaryLinear):
         u = _normed(x, self.options.norm, self.options.norm_eps)
         if not self.options.act_bits:
             return F.linear(u, self.effective_weight(), self.bias)
-        q, step = _eight_bits(u.float(), self.options.shifted)
+        q, step = _eight_bits(u.to(self.weight.dtype), self.options.shifted)
         values, through, scale = self.options.integers(self.weight)
         y = F.linear(q, straight_through(values, through)) * (scale[:, 0] * step)
         y = y.to(x.dtype)
