@@ -143,7 +143,7 @@ def test_dry_run_writes_nothing_and_reads_no_weight(llama_dir, tmp_path, capsys)
     [
         (
             "quantize {llama} -o {out} --method absmeen",
-            "there is no method 'absmeen'; there are absmean, onebit, pbllm",
+            "there is no method 'absmeen'; there are absmean, bitnet, bitnet-transformers, fbi, onebit, pbllm",
         ),
         ("quantize {llama}", "give -o OUT, or --dry-run"),
         ("quantize {llama} -o {llama} --overwrite", "is the source model"),

@@ -50,7 +50,9 @@ def test_together_is_its_parts_and_their_state_comes_back():
         matrix, vector, optimizer = parts
         for step in range(steps):
             matrix.grad, vector.grad = torch.full_like(matrix, 1.0 + step), torch.full_like(vector, 100.0)
+            norm = torch.stack([matrix.grad.norm(), vector.grad.norm()]).norm()
             optimizer.step()
+            assert torch.allclose(optimizer.grad_norm, norm), "of all gradients, before the cut"
             assert float(vector.grad.norm()) == pytest.approx(1.0), "cut"
             optimizer.zero_grad()
             assert matrix.grad is None

@@ -60,6 +60,8 @@ def test_a_run_resumes_exactly_and_packs_without_a_loss(kind, llama_dir, text, t
     assert main(f"pack {whole} -o {tmp_path}/out".split()) == 0, capsys.readouterr().err
     settings = json.loads((whole / "run.json").read_text())
     state = load_file(whole / "checkpoint-8" / "model.safetensors")
+    before = load_file(whole / "checkpoint-4" / "model.safetensors")
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in state.items()), "all of it is trained"
     model = LlamaForCausalLM(Shape(32, 64, 2, 4).config(64))
     packed = load_any(str(tmp_path / "out"), "float32")
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == (0 if kind == "none" else 14)
@@ -89,6 +91,13 @@ def test_a_teacher_teaches_and_lends_its_tokenizer_and_vocabulary(text, tokenize
     assert pretrain(text, tmp_path / "other", f"--teacher {tmp_path}/teacher", steps=2) == 0
     line = metrics(tmp_path / "other")[0]
     assert line["loss"] == pytest.approx(line["kl"])
+    families.llama(vocab_size=64).save_pretrained(tmp_path / "model")
+    words = f"--teacher {tmp_path}/teacher --model {tmp_path}/model"
+    assert pretrain(text, tmp_path / "random", f"{words} --random", shape="", steps=2) == 0, (
+        "its shape, not its vocabulary"
+    )
+    assert pretrain(text, tmp_path / "own", words, shape="", steps=2) == 1
+    assert "the teacher has 80 tokens in its vocabulary and the student 64" in capsys.readouterr().err
 
 
 def test_a_student_starts_from_weights_or_from_random_ones(llama_dir, text, tmp_path):
