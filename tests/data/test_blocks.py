@@ -111,7 +111,7 @@ def test_words_of_the_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("c5", r"c5: no such file; a source is a file \(\.txt, .*a set \(c4, wikitext2, ptb\), or hub:DATASET"),
+        ("c5", r"c5: no such file; a source is a file \(\.txt, .*a set \(c4, wikitext2, ptb, .*\), or hub:DATASET"),
         ("gone.tokens", r"gone\.tokens: no such file; a source is"),
         ("c4=much", "c4=much: much is no weight, and there is no file of this name"),
         ("c4=0", r"c4 has the weight 0\.0; a weight is a positive number"),
