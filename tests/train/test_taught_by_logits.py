@@ -1,5 +1,6 @@
 """Runs that learn from a teacher's logits on the disk: beside the live teacher, resumed, and what is refused."""
 
+import copy
 import json
 import shutil
 
@@ -226,8 +227,9 @@ def test_logits_of_something_else_are_refused(teacher, text, tokenizer, tmp_path
     weights["model.layers.0.mlp.up_proj.weight"][3, 5] += 1e-3
     save_file(weights, f"{teacher}/model.safetensors", {"format": "pt"})
     refused("some.logits holds what another model answers; make it anew with signbit data teacher-logits")
-    tokenizer.add_tokens(["w3x"])
-    tokenizer.save_pretrained(teacher)
+    another = copy.deepcopy(tokenizer)  # that of all tests stays as it is
+    another.add_tokens(["w3x"])
+    another.save_pretrained(teacher)
     refused("some.logits was made with another tokenizer than the model's")
 
 
