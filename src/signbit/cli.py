@@ -211,6 +211,18 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
+class FlipsOptions:
+    """Show how many signs of a run's latents changed a step, layer by layer (FBI-LLM's analysis)."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of a training run, finished or not."""
+    plot: str | None = None
+    """Also draw them to this .png, .svg or .pdf."""
+    json: str | None = None
+    """Also write every layer's counts and shares, line by line of the run's metrics, to this JSON file."""
+
+
+@dataclass(frozen=True)
 class InfoOptions:
     """Show the true size of a packed directory: bits per weight, bits per parameter, bytes, salient share."""
 
@@ -656,6 +668,32 @@ def pack(argv: Sequence[str]) -> None:
     print(f"wrote {path}; see `signbit info {args.out}`")
 
 
+def flips(argv: Sequence[str]) -> None:
+    """`signbit flips`."""
+    args = _parse("flips", argv, FlipsOptions)
+    if args.plot is not None:
+        from signbit.evaluate.plot import check_plot
+
+        check_plot(args.plot)
+    from signbit.train.flips import read_flips
+
+    history = read_flips(args.run)
+    rows = [
+        (kind, str(layers), f"{weights:,}", *(f"{share:.4%}" for share in shares))
+        for kind, layers, weights, *shares in history.summary()
+    ]
+    _table(None, ("layers", "count", "signs", "first", "mean", "last"), rows)
+    print(
+        f"share of the signs that changed a step, of {history.step[-1]:,} steps; first and last: mean of "
+        f"{history.steps[0]} and {history.steps[-1]} of them"
+    )
+    _write_json(args.json, {"signbit": VERSION, "run": args.run, **history.to_dict()})
+    if args.plot is not None:
+        from signbit.train.plot import plot_flips
+
+        plot_flips(history, args.plot, Path(args.run).name)
+
+
 def info(argv: Sequence[str]) -> None:
     """`signbit info`."""
     args = _parse("info", argv, InfoOptions)
@@ -869,6 +907,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "distill": (distill, DistillOptions),
     "pretrain": (pretrain, PretrainOptions),
     "pack": (pack, PackOptions),
+    "flips": (flips, FlipsOptions),
     "data": (data, DataOptions),
     "info": (info, InfoOptions),
     "eval": (evaluate, EvalOptions),

@@ -32,6 +32,7 @@ from signbit.train import (
     binary_layers,
     head_of,
     last_checkpoint,
+    latents,
     pack_training_,
     start_training_,
 )
@@ -435,11 +436,17 @@ def test_flips_are_counted_layer_by_layer():
     model = families.llama()
     start_training_(model, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
     flips = Flips(model)
+    flips.begin()
     name, layer = next(iter(binary_layers(model)))
-    layer.weight.data[:2] *= -1
-    shares = flips.since()
+    for _ in range(2):  # there and back: two changes of which a look at the end shows none
+        layer.weight.data[:2] *= -1
+        flips.step()
+    assert flips.steps == 2
+    shares = flips.take()
+    assert flips.share(shares) == pytest.approx(2 * layer.weight.shape[1] / sum(p.numel() for p in latents(model)))
     assert shares.pop(name) == 2 / layer.weight.shape[0] and not any(shares.values())
-    assert not any(flips.since().values()), "counted anew"
+    flips.step()
+    assert not any(flips.take().values()), "counted anew"
 
 
 @pytest.mark.parametrize(

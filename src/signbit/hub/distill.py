@@ -42,6 +42,7 @@ from signbit.models import Shape, set_module
 from signbit.models.structure import find_blocks
 from signbit.train import (
     METRICS,
+    RUN,
     Budget,
     DistillTrainer,
     Objective,
@@ -57,7 +58,6 @@ from signbit.train import (
 from signbit.train.plot import plot_run
 from signbit.version import VERSION
 
-RUN = "run.json"
 #: Called with the name of a source, how much of it is tokenized, and how much there is.
 Tokenizing = Callable[[str, int, int | None], None]
 

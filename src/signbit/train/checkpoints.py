@@ -1,4 +1,4 @@
-"""The checkpoints of a run: complete or absent."""
+"""What a run keeps in its directory: checkpoints, complete or absent, and lines of metrics."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+#: Everything that decided the run, and what was measured on the way.
+RUN, METRICS = "run.json", "metrics.jsonl"
 #: What a checkpoint has when it is complete: how much of the budget was used.
 STATE = "signbit.json"
 UNFINISHED = ".unfinished"
 _PREFIX = "checkpoint-"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def last_checkpoint(out: Path) -> Path | None:

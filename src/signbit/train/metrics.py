@@ -13,13 +13,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from signbit.errors import TrainingError
-from signbit.train.checkpoints import last_checkpoint
+from signbit.train.checkpoints import METRICS, last_checkpoint
 from signbit.train.students import latents
 
 if TYPE_CHECKING:
     from signbit.train.trainer import DistillTrainer
-
-METRICS = "metrics.jsonl"
 
 
 class Metrics(TrainerCallback):
@@ -44,7 +42,7 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget = self._trainer.budget
         self._trainer.check_wrapped()
-        self._trainer.flips.since()  # from the signs on that a checkpoint brought
+        self._trainer.flips.begin()  # from the signs on that a checkpoint brought
         self._last = (state.global_step, time.monotonic())
         if state.is_world_process_zero:
             total = budget.max_steps if budget.max_minutes is None else round(60 * budget.max_minutes)
@@ -72,6 +70,7 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget = self._trainer.budget
+        self._trainer.flips.step()
         if not self._stepped:
             # What torch.compile takes at the first step is not training.
             self._stepped = True
@@ -93,7 +92,7 @@ class Metrics(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         trainer, now = self._trainer, time.monotonic()
-        by_layer = trainer.flips.since()
+        flip_steps, by_layer = trainer.flips.steps, trainer.flips.take()
         parts = trainer.take_parts()
         if not all(map(math.isfinite, (logs["loss"], *parts.values()))):
             last = last_checkpoint(trainer.out)
@@ -110,6 +109,7 @@ class Metrics(TrainerCallback):
         line["learning_rate"] = logs["learning_rate"]
         if by_layer:
             line["flips"] = logs["flips"] = trainer.flips.share(by_layer)
+            line["flip_steps"] = flip_steps
         norm = getattr(trainer.optimizer, "grad_norm", None) if trainer.optimizer is not None else None
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         norm = logs.get("grad_norm", getattr(optimizer, "grad_norm", norm))

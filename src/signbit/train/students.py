@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from signbit import ptq
@@ -15,7 +15,6 @@ from signbit.linear import BinaryLinear
 from signbit.methods.base import Method
 from signbit.models import Decision, Report, find_structure, linear_parts, set_module, split_experts_
 from signbit.models.structure import find_blocks
-from signbit.train.divided import is_divided, local
 
 
 @dataclass(frozen=True)
@@ -118,36 +117,3 @@ def pack_training_(model: nn.Module, report: Report) -> Packed:
         for d in report.decisions
     )
     return Packed(Report(decisions, report.block_parameters), zeros)
-
-
-class Flips:
-    """Which signs of the latents changed since they were last looked at; of divided ones each process counts its part."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = dict(binary_layers(model))
-        self._before: dict[str, Tensor] = {}
-        self._sizes: dict[str, float] = {}
-        self.since()
-
-    @torch.no_grad()
-    def since(self) -> dict[str, float]:
-        """Share of the signs of each layer that changed, and from here on counts anew."""
-        now = {name: local(layer.weight) >= 0 for name, layer in self._layers.items()}
-        if not now:
-            return {}
-        rows = []
-        for name, signs in now.items():
-            before = self._before.get(name, signs)
-            # An engine has divided it since: what it was is not known here.
-            changed = (signs != before).sum() if before.shape == signs.shape else signs.new_zeros((), dtype=torch.long)
-            rows.append(torch.stack([changed, changed.new_tensor(signs.numel())]))
-        counts = torch.stack(rows)
-        if any(is_divided(layer.weight) for layer in self._layers.values()):
-            torch.distributed.all_reduce(counts)
-        self._before = now
-        self._sizes = dict(zip(now, counts[:, 1].tolist(), strict=True))
-        return dict(zip(now, (counts[:, 0] / counts[:, 1].clamp_min(1)).tolist(), strict=True))
-
-    def share(self, by_layer: dict[str, float]) -> float:
-        """Share of all signs, from the shares of the layers."""
-        return sum(by_layer[name] * size for name, size in self._sizes.items()) / max(sum(self._sizes.values()), 1)

@@ -28,11 +28,12 @@ from signbit.train.captured import CapturedStep
 from signbit.train.checkpoints import STATE, UNFINISHED, finish_checkpoint, last_checkpoint
 from signbit.train.compiling import compiled, compiled_once, repeatable
 from signbit.train.divided import local, whole
+from signbit.train.flips import Flips
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, Top, attention_distance, hidden_distance, output_loss
 from signbit.train.outputs import States, head_of
-from signbit.train.students import Flips, matrices
+from signbit.train.students import matrices
 
 
 @dataclass(frozen=True)
