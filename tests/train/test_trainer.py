@@ -357,7 +357,11 @@ def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path, mon
     # The first step, in which torch.compile works, does not count: six more take a minute.
     assert made.state.global_step == 7
     assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates) <= 1e-3 and rates[-1] < rates[3]
-    assert json.loads((tmp_path / "checkpoint-7" / "signbit.json").read_text()) == {"used_s": 60.0, "step": 7}
+    assert json.loads((tmp_path / "checkpoint-7" / "signbit.json").read_text()) == {
+        "used_s": 60.0,
+        "step": 7,
+        "skipped": [],
+    }
 
 
 def test_another_vocabulary_is_refused(tmp_path):

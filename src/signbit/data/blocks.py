@@ -152,6 +152,11 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return int(self._parts[source][place])
 
     @property
+    def one_pass(self) -> int:
+        """Blocks of all texts, each once."""
+        return sum(self._sizes)
+
+    @property
     def uses(self) -> tuple[SourceUse, ...]:
         """What is taken from each file, in their order."""
         return tuple(

@@ -13,9 +13,9 @@ from signbit.train.flips import FlipHistory
 def plot_run(metrics: str | Path, folder: str | Path) -> list[Path]:
     """Draws loss.png and flips.png into `folder` from a run's metrics.jsonl; returns those that were drawn.
 
-    Loss: the whole and its parts over tokens, and the loss on held-out blocks. Flips: the share of all signs that changed
-    a step, and of the layers the one with most and the one with fewest (`plot_flips` has more of them); a dense run has
-    none. Without matplotlib nothing is drawn.
+    Loss: the whole and its parts over tokens, the loss on held-out blocks, and where data was skipped. Flips: the share of
+    all signs that changed a step, and of the layers the one with most and the one with fewest (`plot_flips` has more of
+    them); a dense run has none. Without matplotlib nothing is drawn.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,6 +49,8 @@ def plot_run(metrics: str | Path, folder: str | Path) -> list[Path]:
     if held:
         points = [(tokens[row["step"]], row["validation_loss"]) for row in held if row["step"] in tokens]
         axes.plot(*zip(*points, strict=True), "ko", markersize=4, label="held out")
+    for number, row in enumerate(row for row in rows if "spike" in row and row["step"] in tokens):
+        axes.axvline(tokens[row["step"]], color="r", linestyle=":", label=None if number else "went back, skipped data")
     axes.set_yscale("log")
     axes.legend()
     canvas.savefig(drawn[-1], dpi=120)
