@@ -459,7 +459,7 @@ class DistillTrainer(Trainer):
         while (spike := self.metrics.spike) is not None:
             checkpoint = last_checkpoint(self.out)
             assert checkpoint is not None
-            if self.engine["kind"] in ("FSDP", "DEEPSPEED"):
+            if self.engine["kind"] in ("FSDP", "DEEPSPEED"):  # which wrap model and optimizer once only
                 raise TrainingError(
                     f"the loss spiked at step {spike.step}. Go on with --resume, which leaves out chunk "
                     f"{spike.skipped_chunk} behind {checkpoint}; under {self.engine['kind']} a run does not go back by itself"
