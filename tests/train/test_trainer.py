@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import signbit
 from signbit.cli import main
-from signbit.errors import OptionError, SignbitError, TrainingError
+from signbit.errors import OptionError, SignbitError, TrainingError, WeightError
 from signbit.hub import distill as distill_module
 from signbit.hub.distill import RUN, pack
 from signbit.hub.load import load_any
@@ -157,9 +157,26 @@ def test_packing_loses_nothing(llama_dir, text, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-def test_zeros_are_counted_and_pack_to_plus_one(llama_dir, text, tmp_path, capsys):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scales_are_packed_in_the_dtype_asked_for(llama_dir, text, tmp_path, dtype, capsys):
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out, steps=2) == 0
+    for kind in ("float32", dtype):
+        assert main(f"pack {out} -o {tmp_path}/{kind} --dtype {kind}".split()) == 0, capsys.readouterr().err
+    stored = load_file(tmp_path / dtype / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype), torch.uint8}
+    ids = torch.randint(3, 60, (2, 12))
+    want, got = (load_any(str(tmp_path / kind), "float32")(ids).logits for kind in ("float32", dtype))
+    assert 0 < (got - want).abs().max() < 0.05 * want.abs().max()
+    state = load_file(last_checkpoint(out) / "model.safetensors")
+    name = next(n for n in state if n.endswith("q_proj.scale"))
+    state[name][:] = 1e6
+    save_file(state, last_checkpoint(out) / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightError, match=r"q_proj: scales up to 1e\+06 do not fit float16; use float32"):
+        pack(out, tmp_path / "large", dtype="float16")
 
+
+def test_zeros_are_counted_and_pack_to_plus_one(llama_dir, text, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(llama_dir, text, out, steps=2) == 0
     file = last_checkpoint(out) / "model.safetensors"

@@ -414,7 +414,7 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
     if unexpected or (missing := [name for name in missing if name not in tied]):
         name = (list(unexpected) or missing)[0]
         raise FormatError(f"{checkpoint}: the tensor {name} is {'unknown' if unexpected else 'missing'}; it is damaged")
-    packed = pack_training_(model, report)
+    packed = pack_training_(model, report, dtype)
     model.to(getattr(torch, dtype))
     finish_(model, config, packed.report)
     start, command = settings["start"], f"signbit pack {run}"

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from signbit import ptq
-from signbit.errors import OptionError, SignbitError
+from signbit.errors import OptionError, SignbitError, WeightError
 from signbit.linear import BinaryLinear
-from signbit.methods.base import Method
+from signbit.methods.base import Method, store
 from signbit.models import Decision, Report, find_structure, linear_parts, set_module, split_experts_
 from signbit.models.structure import find_blocks
 
@@ -103,13 +103,22 @@ class Packed:
 
 
 @torch.no_grad()
-def pack_training_(model: nn.Module, report: Report) -> Packed:
-    """Puts the packed layer in the place of each trainable one, in place, without a loss."""
+def pack_training_(model: nn.Module, report: Report, dtype: str = "float32") -> Packed:
+    """Puts the packed layer in the place of each trainable one, in place; without a loss if scales are stored in float32.
+
+    `dtype` is what they are stored in. Raises WeightError if one does not fit it.
+    """
     sizes: dict[str, int] = {}
     zeros = 0
     for name, layer in list(binary_layers(model)):
         zeros += int((layer.weight == 0).sum())
         packed = layer.pack()
+        for part, value in list(packed.named_buffers()):
+            if value.is_floating_point():
+                try:
+                    setattr(packed, part, store(value, dtype, shift="shift" in part))
+                except WeightError as error:
+                    raise WeightError(f"{name}: {error}") from error
         sizes[name] = packed.nbytes
         set_module(model, name, packed)
     decisions = tuple(
