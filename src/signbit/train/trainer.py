@@ -374,16 +374,7 @@ class DistillTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None and self.options.optim == "muon":
-            some = [p for p in matrices(self.model) if p.requires_grad]
-            chosen = {id(parameter) for parameter in some}
-            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in chosen]
-            options = self.options
-            adam = torch.optim.AdamW(
-                rest, lr=options.learning_rate, betas=(options.beta1, options.beta2),
-                weight_decay=options.weight_decay, fused=bool(rest) and rest[0].is_cuda,
-            )  # fmt: skip
-            muon = [Muon(some, lr=options.learning_rate)] if some else []
-            self.optimizer = Together([*muon, adam], options.max_grad_norm)
+            self.optimizer = muon_beside_adam(self.model, self.options)
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -486,6 +477,19 @@ class DistillTrainer(Trainer):
         self.train_dataset = Unskipped(self._data, step * self.options.batch_size, size, self.skipped)
         with repeatable(self.options.deterministic):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def muon_beside_adam(model: nn.Module, options: TrainOptions) -> Together:
+    """Muon for the matrices of `model`, AdamW for what else is trained."""
+    some = [p for p in matrices(model) if p.requires_grad]
+    chosen = {id(parameter) for parameter in some}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    adam = torch.optim.AdamW(
+        rest, lr=options.learning_rate, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay,
+        fused=bool(rest) and rest[0].is_cuda,
+    )  # fmt: skip
+    muon = [Muon(some, lr=options.learning_rate)] if some else []
+    return Together([*muon, adam], options.max_grad_norm)
 
 
 def _check_engine(kind: str, optim: str, trains_head: bool) -> None:
