@@ -93,6 +93,32 @@ def test_layers_outside_of_blocks_are_drawn_too(run, tmp_path):
     assert "odd" in (tmp_path / "odd.svg").read_text()
 
 
+def test_groups_change_nothing(llama, monkeypatch):
+    """Layers are looked at together as far as a bound goes; each keeps its own count."""
+    from signbit.methods import METHODS
+    from signbit.ptq import Plan
+    from signbit.train import Flips, Trained, binary_layers, start_training_
+    from signbit.train import flips as module
+
+    start_training_(llama, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
+    counters = []
+    for entries in (1, 1 << 11, 1 << 26):
+        monkeypatch.setattr(module, "_GROUP_ENTRIES", entries)
+        counters.append(Flips(llama))
+        counters[-1].begin()
+    assert [len(counter._groups) for counter in counters] == [14, 9, 4]
+    for place, (_, layer) in enumerate(binary_layers(llama)):
+        layer.weight.data[0, :place] *= -1
+    for counter in counters:
+        counter.step()
+    found = [counter.take() for counter in counters]
+    assert found[0] == found[1] == found[2]
+    assert [found[0][name] for name, _ in binary_layers(llama)] == [
+        min(place, layer.weight.shape[1]) / layer.weight.numel()
+        for place, (_, layer) in enumerate(binary_layers(llama))
+    ]
+
+
 def test_nothing_is_gathered(run, monkeypatch):
     """Of divided latents each process counts its own part; only counts are added up."""
     from signbit.train import flips as module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from signbit.train.checkpoints import METRICS, RUN, read_metrics
 from signbit.train.divided import is_divided, local
 from signbit.train.students import binary_layers
 
+#: Entries of the latents that are looked at together.
+_GROUP_ENTRIES = 1 << 26
+
 
 class Flips:
     """Counts the signs of the latents that a step changes; of divided latents each process counts its part.
@@ -26,25 +30,43 @@ class Flips:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = dict(binary_layers(model))
+        #: Layers of one shape together, because a small model's kernels are shorter than what their launch takes.
+        self._groups: list[list[str]] = []
         self._before: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._sizes: dict[str, float] = {}
         #: Steps that are counted since `take`.
         self.steps = 0
 
+    def _signs(self, group: list[str]) -> Tensor:
+        """Where the latents of some layers are ≥ 0, bool [layers, …]."""
+        latents = [local(self._layers[name].weight) for name in group]
+        signs = torch.empty(len(group), *latents[0].shape, dtype=torch.bool, device=latents[0].device)
+        for row, latent in zip(signs, latents, strict=True):
+            torch.ge(latent, 0, out=row)
+        return signs
+
     @torch.no_grad()
     def begin(self) -> None:
         """Counts from the signs on that there are now."""
-        self._before = [local(layer.weight) >= 0 for layer in self._layers.values()]
-        self._counts = [signs.new_zeros((), dtype=torch.long) for signs in self._before]
+        alike: dict[Any, list[str]] = {}
+        for name, layer in self._layers.items():
+            part = local(layer.weight)
+            alike.setdefault((part.shape, part.device), []).append(name)
+        self._groups = []
+        for (shape, _), names in alike.items():
+            most = max(1, _GROUP_ENTRIES // max(1, math.prod(shape)))
+            self._groups += [names[i : i + most] for i in range(0, len(names), most)]
+        self._before = [self._signs(group) for group in self._groups]
+        self._counts = [signs.new_zeros(len(signs), dtype=torch.long) for signs in self._before]
         self.steps = 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Counts what changed since the last call, or since `begin`."""
-        for place, layer in enumerate(self._layers.values()):
-            signs = local(layer.weight) >= 0
-            self._counts[place] += (signs != self._before[place]).sum()
+        for place, group in enumerate(self._groups):
+            signs = self._signs(group)
+            self._counts[place] += (signs != self._before[place]).flatten(1).sum(1)
             self._before[place] = signs
         self.steps += 1
 
@@ -52,16 +74,14 @@ class Flips:
         """Share of the signs of each layer that changed a step, on average over those counted; counts anew from here."""
         if not self._layers:
             return {}
-        counts = torch.stack(self._counts)
-        counts = torch.stack([counts, counts.new_tensor([signs.numel() for signs in self._before])])
+        sizes = [signs[0].numel() for signs in self._before for _ in signs]
+        counts = torch.stack([torch.cat(self._counts), self._counts[0].new_tensor(sizes)])
         if any(is_divided(layer.weight) for layer in self._layers.values()):
             torch.distributed.all_reduce(counts)
-        changed, sizes = counts.tolist()
-        self._sizes = dict(zip(self._layers, sizes, strict=True))
-        shares = {
-            name: count / max(size * self.steps, 1)
-            for name, count, size in zip(self._layers, changed, sizes, strict=True)
-        }
+        names = [name for group in self._groups for name in group]
+        changed, entries = (dict(zip(names, row, strict=True)) for row in counts.tolist())
+        self._sizes = {name: entries[name] for name in self._layers}
+        shares = {name: changed[name] / max(entries[name] * self.steps, 1) for name in self._layers}
         self._counts, self.steps = [torch.zeros_like(count) for count in self._counts], 0
         return shares
 
