@@ -70,7 +70,7 @@ def dense_bytes(config, item=2):
         ((4096, 11008, 32, 32), 13.5, 1.3, 90.4),
         ((5120, 13824, 40, 40), 26.0, 2.2, 91.5),
         pytest.param((6656, 17920, 60, 52), 65.1, 4.9, 92.5, marks=pytest.mark.slow),
-        pytest.param((8192, 22016, 80, 64), 130.6, 9.2, 93.4, marks=pytest.mark.slow),
+        pytest.param((8192, 22016, 80, 64), 130.6, 9.2, 93.0, marks=pytest.mark.slow),
     ],
 )
 def test_onebits_sizes(shape, dense, packed, saved):
@@ -79,8 +79,8 @@ def test_onebits_sizes(shape, dense, packed, saved):
     size = packed_bytes(of(config, "onebit"))
     assert dense_bytes(config) / GB == pytest.approx(dense, abs=0.051)
     assert f"{size / GB:.1f}" == str(packed)
-    # The paper takes the share of rounded sizes.
-    assert 100 * (1 - size / dense_bytes(config)) == pytest.approx(saved, abs=0.45)
+    # The paper takes shares of rounded sizes; its 93.4 at 65B is not that of its own two.
+    assert 100 * (1 - round(size / GB, 1) / dense) == pytest.approx(saved, abs=0.05)
 
 
 @pytest.mark.parametrize(
