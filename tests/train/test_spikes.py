@@ -103,6 +103,22 @@ def test_a_spike_is_gone_back_for_and_its_data_skipped(llama_dir, text, tmp_path
     assert [line for line in metrics(out) if "spike" not in line] == metrics(by_hand)
 
 
+def test_a_spike_at_a_checkpoint_is_not_saved(llama_dir, text, tmp_path, monkeypatch):
+    """Seen in the last line of a chunk, where a checkpoint would be written next."""
+    step = DistillTrainer.training_step
+
+    def training_step(self, *given):
+        loss = step(self, *given)
+        return 10 * loss if self.state.global_step == 11 and 2 not in self.skipped else loss
+
+    monkeypatch.setattr(DistillTrainer, "training_step", training_step)
+    out, by_hand = tmp_path / "run", tmp_path / "by-hand"
+    assert run(llama_dir, text, out, "--spike", "2") == 0
+    assert [line["spike"]["step"] for line in spikes(out)] == [12]
+    assert run(llama_dir, text, by_hand, "--skip-chunks", "2") == 0
+    assert [line for line in metrics(out) if "spike" not in line] == metrics(by_hand)
+
+
 def test_without_the_option_nothing_is_skipped(llama_dir, text, tmp_path, spiking):
     seen = spiking({2})
     assert run(llama_dir, text, tmp_path / "run") == 0
