@@ -38,9 +38,9 @@ def usual_loss(before: Sequence[float]) -> float | None:
     return median(before[-_LINES:]) if len(before) >= _LEAST else None
 
 
-def recorded(lines: Sequence[dict[str, Any]], step: int) -> list[int]:
-    """The chunks that a run's metrics say are skipped, as far as `step`."""
-    return [line["spike"]["skipped_chunk"] for line in lines if "spike" in line and line["step"] <= step]
+def recorded(lines: Sequence[dict[str, Any]]) -> list[int]:
+    """The chunks that the lines of a run's metrics say are skipped."""
+    return [line["spike"]["skipped_chunk"] for line in lines if "spike" in line]
 
 
 def check_in_a_row(lines: Sequence[dict[str, Any]], step: int) -> None:
@@ -85,7 +85,7 @@ def checkpoint_without(out: Path, skip_chunks: Collection[int], chunk_steps: int
     found = checkpoints(out)
     for path in found:
         state = json.loads((path / STATE).read_text())
-        wanted = {*skip_chunks, *recorded(lines, state["step"])}
+        wanted = {*skip_chunks, *recorded(lines)}
         places = range(-(-state["step"] // chunk_steps))
         learnt = [chunk_at(place, state["skipped"]) for place in places]
         if learnt == [chunk_at(place, wanted) for place in places]:

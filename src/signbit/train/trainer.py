@@ -471,7 +471,7 @@ class DistillTrainer(Trainer):
         path = self.out / METRICS
         lines = read_metrics(path) if path.exists() else []
         check_in_a_row(lines, step)
-        self.skipped = {*self.options.skip_chunks, *recorded(lines, step)}
+        self.skipped = {*self.options.skip_chunks, *recorded(lines)}
         self.metrics.remember(lines)
         size = self.options.save_every * self.options.batch_size
         self.train_dataset = Unskipped(self._data, step * self.options.batch_size, size, self.skipped)
