@@ -138,6 +138,16 @@ def test_optimizers_and_checkpointing():
     assert adam["packed", "bf16"].activations == 2 * 4 * 64 * 2 * 8 * 2, "keys and values of two heads of 8"
 
 
+def test_parameters_are_no_activations():
+    """What the backward pass needs of a dense model without them is in proportion to the tokens."""
+    from signbit.hub.memory import _shapes_alone, _train
+
+    short, long = (of(tiny_llama_config(), "onebit", options={"sequence_length": length}) for length in (64, 128))
+    with _shapes_alone():
+        one, two = (_train("fp32", asked, "cpu", False).activations for asked in (short, long))
+    assert two == pytest.approx(2 * one, rel=0.01)
+
+
 def test_the_command(llama_dir, tmp_path, capsys):
     words = f"memory {llama_dir} --sequence-length 16 --sequences 2 --json {tmp_path}/memory.json"
     assert main(words.split()) == 0, capsys.readouterr().err
