@@ -52,7 +52,9 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
     options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "prompt", "teacher", "run", "kind"}
     options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat") else set()
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    assert {"distill": "TEACHER", "pack": "RUN", "data": "{self-generate,teacher-logits}"}.get(verb, "MODEL") in out
+    assert {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "data": "{self-generate,teacher-logits}"}.get(
+        verb, "MODEL"
+    ) in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out
 

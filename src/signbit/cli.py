@@ -211,6 +211,47 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
+class FlipsOptions:
+    """Show how many signs of a run's latents changed a step, layer by layer (FBI-LLM's analysis)."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Directory of a training run, finished or not."""
+    plot: str | None = None
+    """Also draw them to this .png, .svg or .pdf."""
+    json: str | None = None
+    """Also write every layer's counts and shares, line by line of the run's metrics, to this JSON file."""
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Show what a model takes in memory, in training and packed: fp32, bf16, int8 signs, 1 bit; or in energy."""
+
+    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL]")] = None
+    """Model directory, config.json or hub id; beside a recipe its shape is taken in place of the recipe's."""
+    recipe: str | None = None
+    """Named recipe, or a .toml file of one: shape, method, optimizer, length (see signbit pretrain --list)."""
+    method: str | None = None
+    """Method of the 1-bit form; default: the recipe's, else onebit."""
+    sequences: int = 1
+    """Sequences on a device at a time."""
+    sequence_length: int | None = None
+    """Tokens a sequence; default: the recipe's, else 1024."""
+    vocabulary: int | None = None
+    """Tokens of the vocabulary, where the recipe does not say it or another is meant."""
+    measure: Literal["auto", "always", "never"] = "auto"
+    """Whether to make a step here where there is room for it, and count its tensors: auto leaves out what takes long on a
+    CPU."""
+    device: str = "cpu"
+    """Device on which to measure: cpu, cuda, cuda:1 …"""
+    energy: bool = False
+    """Show what additions and multiplications take in J, by the BitNet paper's model; of its own models without MODEL."""
+    tokens: int = 512
+    """Tokens of the text whose energy is shown."""
+    json: str | None = None
+    """Also write everything to this JSON file."""
+
+
+@dataclass(frozen=True)
 class InfoOptions:
     """Show the true size of a packed directory: bits per weight, bits per parameter, bytes, salient share."""
 
@@ -656,6 +697,90 @@ def pack(argv: Sequence[str]) -> None:
     print(f"wrote {path}; see `signbit info {args.out}`")
 
 
+def flips(argv: Sequence[str]) -> None:
+    """`signbit flips`."""
+    args = _parse("flips", argv, FlipsOptions)
+    if args.plot is not None:
+        from signbit.evaluate.plot import check_plot
+
+        check_plot(args.plot)
+    from signbit.train.flips import read_flips
+
+    history = read_flips(args.run)
+    rows = [
+        (kind, str(layers), f"{weights:,}", *(f"{share:.4%}" for share in shares))
+        for kind, layers, weights, *shares in history.summary()
+    ]
+    _table(None, ("layers", "count", "signs", "first", "mean", "last"), rows)
+    print(
+        f"share of the signs that changed a step, of {history.step[-1]:,} steps; first and last: mean of "
+        f"{history.steps[0]} and {history.steps[-1]} of them"
+    )
+    _write_json(args.json, {"signbit": VERSION, "run": args.run, **history.to_dict()})
+    if args.plot is not None:
+        from signbit.train.plot import plot_flips
+
+        plot_flips(history, args.plot, Path(args.run).name)
+
+
+def memory(argv: Sequence[str]) -> None:
+    """`signbit memory`."""
+    args = _parse("memory", argv, MemoryOptions)
+    facts: dict[str, Any] = {"signbit": VERSION, "command": shlex.join(["signbit", "memory", *argv])}
+    if args.energy and args.model is None and args.recipe is None:
+        from signbit.evaluate.energy import PAPER
+
+        models, name = PAPER, ""
+    else:
+        from signbit.hub import memory as of
+
+        _quiet()
+        asked = of.subject(args.recipe, args.model, args.vocabulary, args.method, args.sequences, args.sequence_length)
+        name = args.recipe or Path(args.model).name
+        models = {name: of.products(asked)} if args.energy else {}
+    if args.energy:
+        from signbit.evaluate.energy import energy
+
+        if args.tokens < 1:
+            raise OptionError(f"--tokens is {args.tokens}; at least 1 is needed")
+        found = [(model, use) for model, products in models.items() for use in energy(products, args.tokens)]
+        rows = [
+            (model, use.form, f"{use.process_nm} nm", f"{use.multiplications_j:.3g} J", f"{use.additions_j:.3g} J")
+            for model, use in found
+        ]
+        _table(f"energy of {args.tokens} tokens", ("model", "form", "process", "multiplications", "additions"), rows)
+        print(
+            "linears and attention of the blocks, by the model of BitNet (arXiv 2310.11453); embedding and head are left out"
+        )
+        _write_json(
+            args.json, {**facts, "tokens": args.tokens, "energy": [{"model": m, **asdict(u)} for m, u in found]}
+        )
+        return
+    from signbit.hub.load import torch_device
+
+    uses = of.memory(asked, args.measure, torch_device(args.device), _note)
+    forms = [
+        (
+            use.phase, use.form, _bytes(use.weights),
+            *(_bytes(part) if use.phase == "training" else "" for part in (use.gradients, use.optimizer)),
+            _bytes(use.activations), _bytes(use.total), "measured" if use.measured else "computed",
+        )
+        for use in uses
+    ]  # fmt: skip
+    options = asked.options
+    _table(name, ("", "form", "weights", "gradients", "optimizer", "activations", "total", ""), forms)
+    print(
+        f"1 bit is {asked.method}; {options.optim}; {asked.sequences} × {options.sequence_length} tokens at a time"
+        f"{', blocks computed again in the backward pass' if options.gradient_checkpointing else ''}"
+    )
+    print(
+        "activations: in training what the backward pass needs (logits and a teacher are not in it); packed: keys and values"
+    )
+    size = {"sequences": asked.sequences, "sequence_length": options.sequence_length, "optim": options.optim}
+    rows_of = [{**asdict(use), "total": use.total} for use in uses]
+    _write_json(args.json, {**facts, "method": asked.method, **size, "config": asked.config.to_dict(), "rows": rows_of})
+
+
 def info(argv: Sequence[str]) -> None:
     """`signbit info`."""
     args = _parse("info", argv, InfoOptions)
@@ -869,8 +994,10 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "distill": (distill, DistillOptions),
     "pretrain": (pretrain, PretrainOptions),
     "pack": (pack, PackOptions),
+    "flips": (flips, FlipsOptions),
     "data": (data, DataOptions),
     "info": (info, InfoOptions),
+    "memory": (memory, MemoryOptions),
     "eval": (evaluate, EvalOptions),
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),

@@ -282,7 +282,7 @@ def test_texts_that_cannot_be_read(name, content, message, tokenizer, tmp_path, 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         token_file(tokenizer, Source(str(tmp_path / name)), folder)
-    assert not list(folder.iterdir()), "nothing is left"
+    assert not list(folder.glob("*")), "nothing is left"
     with pytest.raises(DataError, match=name.replace(".", r"\.")):
         read_text_file(tmp_path / name)
 
@@ -706,7 +706,7 @@ def test_what_the_model_writes(llama, tokenizer, tmp_path):
     two = Blocks([file], 24)
     assert len(two) == 3 and all(torch.equal(row.view(2, 12), rows[2 * i : 2 * i + 2]) for i, row in lying(two, rows))
     with pytest.raises(
-        DataError, match=r"holds rows of 12 tokens .* Give a length that divides 12, or a multiple of it"
+        DataError, match=r"holds rows of 12 tokens .* Give a length that divides 12, a multiple of it, or 11"
     ):
         Blocks([file], 8)
     other = generate(llama, tokenizer, tmp_path / "other.tokens", seed=5)

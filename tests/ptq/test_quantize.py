@@ -23,7 +23,7 @@ def test_nan_and_infinity_name_the_layer(llama, bad):
 def test_scales_outside_their_dtype_name_the_layer(llama):
     with torch.no_grad():
         llama.model.layers[0].mlp.up_proj.weight.mul_(1e9)
-    with pytest.raises(WeightError, match=r"up_proj: scales up to .* do not fit float16; use --scale-dtype float32"):
+    with pytest.raises(WeightError, match=r"up_proj: scales up to .* do not fit float16; use float32"):
         quantize_(llama, Plan(AbsmeanOptions()))
     tiny = make_llama()
     with torch.no_grad():

@@ -112,6 +112,26 @@ def test_parameters_and_optimizer_may_stay_in_the_cpus_memory(llama_dir, text, t
     check(llama_dir, text, tmp_path, "ZeRO-3", "DEEPSPEED", ("--optim", "adamw_torch"), offload="cpu")
 
 
+@pytest.mark.parametrize("engine", ["DDP", "FSDP"])
+def test_two_processes_skip_the_data_of_a_spike(llama_dir, text, tmp_path, engine):
+    more = ("--spike", "2", "--max-steps", "14", "--optim", "adamw_torch")
+    one = launched("tests.train.spike_on_cpu", *words(llama_dir, text, tmp_path, "one", *more))
+    assert one.returncode == 0 and "without chunk 2 of the data" in one.stderr, one.stderr
+    torchrun, environment = launcher(engine, tmp_path)
+    command = [*torchrun[:-1], "tests.train.spike_on_cpu", *words(llama_dir, text, tmp_path, "two", *more)]
+    two = launched(*command, **environment)
+    if engine == "FSDP":
+        assert two.returncode == 1 and "Go on with --resume, which leaves out chunk 2 behind" in two.stderr
+        assert launched(*command, "--resume", **environment).returncode == 0
+    else:
+        assert two.returncode == 0, two.stderr
+    assert two.stderr.count("without chunk 2 of the data") == 1, two.stderr
+    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert line.keys() == other.keys() and line["step"] == other["step"]
+        if "loss" in line:
+            assert other["loss"] == pytest.approx(line["loss"], rel=1e-3)
+
+
 @pytest.mark.gpu
 @needs_two_gpus
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import signbit
 from signbit.cli import main
-from signbit.errors import OptionError, SignbitError, TrainingError
+from signbit.errors import OptionError, SignbitError, TrainingError, WeightError
 from signbit.hub import distill as distill_module
 from signbit.hub.distill import RUN, pack
 from signbit.hub.load import load_any
@@ -32,6 +32,7 @@ from signbit.train import (
     binary_layers,
     head_of,
     last_checkpoint,
+    latents,
     pack_training_,
     start_training_,
 )
@@ -156,9 +157,26 @@ def test_packing_loses_nothing(llama_dir, text, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-def test_zeros_are_counted_and_pack_to_plus_one(llama_dir, text, tmp_path, capsys):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scales_are_packed_in_the_dtype_asked_for(llama_dir, text, tmp_path, dtype, capsys):
+    out = tmp_path / "run"
+    assert run(llama_dir, text, out, steps=2) == 0
+    for kind in ("float32", dtype):
+        assert main(f"pack {out} -o {tmp_path}/{kind} --dtype {kind}".split()) == 0, capsys.readouterr().err
+    stored = load_file(tmp_path / dtype / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype), torch.uint8}
+    ids = torch.randint(3, 60, (2, 12))
+    want, got = (load_any(str(tmp_path / kind), "float32")(ids).logits for kind in ("float32", dtype))
+    assert 0 < (got - want).abs().max() < 0.05 * want.abs().max()
+    state = load_file(last_checkpoint(out) / "model.safetensors")
+    name = next(n for n in state if n.endswith("q_proj.scale"))
+    state[name][:] = 1e6
+    save_file(state, last_checkpoint(out) / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightError, match=r"q_proj: scales up to 1e\+06 do not fit float16; use float32"):
+        pack(out, tmp_path / "large", dtype="float16")
 
+
+def test_zeros_are_counted_and_pack_to_plus_one(llama_dir, text, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(llama_dir, text, out, steps=2) == 0
     file = last_checkpoint(out) / "model.safetensors"
@@ -356,7 +374,11 @@ def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path, mon
     # The first step, in which torch.compile works, does not count: six more take a minute.
     assert made.state.global_step == 7
     assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates) <= 1e-3 and rates[-1] < rates[3]
-    assert json.loads((tmp_path / "checkpoint-7" / "signbit.json").read_text()) == {"used_s": 60.0, "step": 7}
+    assert json.loads((tmp_path / "checkpoint-7" / "signbit.json").read_text()) == {
+        "used_s": 60.0,
+        "step": 7,
+        "skipped": [],
+    }
 
 
 def test_another_vocabulary_is_refused(tmp_path):
@@ -435,11 +457,17 @@ def test_flips_are_counted_layer_by_layer():
     model = families.llama()
     start_training_(model, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained())
     flips = Flips(model)
+    flips.begin()
     name, layer = next(iter(binary_layers(model)))
-    layer.weight.data[:2] *= -1
-    shares = flips.since()
+    for _ in range(2):  # there and back: two changes of which a look at the end shows none
+        layer.weight.data[:2] *= -1
+        flips.step()
+    assert flips.steps == 2
+    shares = flips.take()
+    assert flips.share(shares) == pytest.approx(2 * layer.weight.shape[1] / sum(p.numel() for p in latents(model)))
     assert shares.pop(name) == 2 / layer.weight.shape[0] and not any(shares.values())
-    assert not any(flips.since().values()), "counted anew"
+    flips.step()
+    assert not any(flips.take().values()), "counted anew"
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,15 @@ class Blocks(Dataset[dict[str, Tensor]]):
     data that it would have seen. The order is shuffled already: take the items one after another. Among the first i
     items, each text's share is its weight's to within one or two blocks (weights are relative; equal if not given). A
     text is walked through a permutation of its blocks, another one at each pass. Blocks lie end to end from the start
-    of a text, whatever documents they cut; less than a block at its end is left out.
+    of a text, whatever documents they cut; less than a block at its end is left out. Of rows of `length` + 1 tokens, the
+    last of which is a label only (LLM360's chunks), a block is the first `length`.
 
     `part` "validation" holds `validation_blocks` blocks of each text, the texts in turn, that `part` "train" never
     sees if both have this number and `length` in common. They are chosen by a permutation that no seed changes.
     `count` is one pass over as many blocks as there are if not given.
 
-    Raises DataError if a text has less than one block left, if the files are of different tokenizers, or if a file that
-    a model wrote has rows that `length` neither divides nor is a multiple of; OptionError for a length under 2, counts
+    Raises DataError if a text has less than one block left, if the files are of different tokenizers, or if a file has
+    rows that `length` fits in none of these ways; OptionError for a length under 2, counts
     or weights that are not positive, and a seed outside of 0 … 2³² − 1.
     """
 
@@ -70,7 +71,8 @@ class Blocks(Dataset[dict[str, Tensor]]):
         self.part, self.validation_blocks = part, validation_blocks
         weights = [1.0] * len(self.files) if weights is None else list(weights)
         _check(self.files, length, count, weights, seed, part, validation_blocks)
-        totals = [file.tokens // length for file in self.files]
+        self._strides = [length + (file.row_tokens == length + 1) for file in self.files]
+        totals = [file.tokens // stride for file, stride in zip(self.files, self._strides, strict=True)]
         for file, total in zip(self.files, totals, strict=True):
             if total <= validation_blocks:
                 raise DataError(_too_short(file, length, total, validation_blocks))
@@ -105,7 +107,8 @@ class Blocks(Dataset[dict[str, Tensor]]):
         """Token ids int64 [length] of a block of a file."""
         if source not in self._arrays:
             self._arrays[source] = self.files[source].open()
-        ids = self._arrays[source][block * self.length : (block + 1) * self.length]
+        begin = block * self._strides[source]
+        ids = self._arrays[source][begin : begin + self.length]
         return torch.from_numpy(ids.astype(np.int64))
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -149,6 +152,11 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return int(self._parts[source][place])
 
     @property
+    def one_pass(self) -> int:
+        """Blocks of all texts, each once."""
+        return sum(self._sizes)
+
+    @property
     def uses(self) -> tuple[SourceUse, ...]:
         """What is taken from each file, in their order."""
         return tuple(
@@ -190,11 +198,12 @@ def _check(
             raise DataError(
                 f"{file.path} and {files[0].path} hold tokens of different tokenizers; make one of them anew"
             )
-        if file.row_tokens is not None and file.row_tokens % length and length % file.row_tokens:
+        row = file.row_tokens
+        if row is not None and row % length and length % row and row != length + 1:
             raise DataError(
-                f"{file.path} holds rows of {file.row_tokens} tokens that do not run on into each other; "
+                f"{file.path} holds rows of {row} tokens that do not run on into each other; "
                 f"a block of {length} is neither a whole part of one nor whole rows. Give a length that divides "
-                f"{file.row_tokens}, or a multiple of it"
+                f"{row}, a multiple of it, or {row - 1}"
             )
 
 

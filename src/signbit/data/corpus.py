@@ -19,6 +19,7 @@ from signbit.data.sources import (
     TextSet,
     file_rows,
     hub_data,
+    json_lines,
     local_file,
     open_text,
     reading,
@@ -188,6 +189,15 @@ def _hub_set(name: str) -> TextSet:
     return TextSet(name, "", 0, None, (), (dataset, configuration or None, split, column), revision)
 
 
+class Row(NamedTuple):
+    """Token ids that are a row of their own, and where they stand."""
+
+    ids: list[int]
+    where: str
+    read: int
+    """How much of the corpus is read by now, in the unit of its size."""
+
+
 class Piece(NamedTuple):
     """Text of one document, at most about `PIECE_CHARACTERS` of it."""
 
@@ -210,15 +220,19 @@ class Corpus:
     """What changes when the text does (JSON values): digests of files, or the commit of a hub data set."""
     pieces: Callable[[], Generator[Piece, None, None]]
     """Reads it; raises DataError if a file is damaged or not UTF-8, and if the hub cannot be read."""
+    rows: Callable[[], Generator[Row, None, None]] | None = None
+    """Reads it where its lines hold token ids and no text, which has no pieces; raises DataError likewise."""
 
 
 def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
     """The text of `source`, of which no document is read yet (the bytes of local files are, for their digests).
 
     Documents are: of .txt files, what two or more empty lines divide; of .jsonl and .parquet files and of hub data
-    sets, the rows; of the sets with a joiner (wikitext2, ptb), all of it. `data_dir` is where named sets lie; without
-    it they come from the hub. Raises DataError if the text is not to be had; that a hub data set has the split and the
-    column is seen when it is read.
+    sets, the rows; of the sets with a joiner (wikitext2, ptb), all of it. A .jsonl file whose first line has
+    `token_ids` and no text is tokenized already (the chunks of LLM360's AmberDatasets, which FBI-LLM learnt from).
+    `data_dir` is where named sets lie; without it they come from the hub. Raises DataError if the text is not to be
+    had, and for a directory in which only some files are tokenized; that a hub data set has the split and the column is
+    seen when it is read.
     """
     name = source.name
     if name in SETS:
@@ -226,19 +240,42 @@ def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
     if name.startswith(_HUB):
         return _streamed(_hub_set(name))
     files = _files(name)
-    identity = [["lines" if file.name.endswith(_PLAIN) else "rows", file_digest(file)] for file in files]
+    tokenized = [file for file in files if _is_tokenized(file)]
+    if 0 < len(tokenized) < len(files):
+        text = next(file for file in files if file not in tokenized)
+        raise DataError(f"{tokenized[0]} holds token_ids and {text} holds text; give them as two sources")
+    kind = "ids" if tokenized else "rows"
+    identity = [["lines" if file.name.endswith(_PLAIN) else kind, file_digest(file)] for file in files]
 
     sizes = [file.stat().st_size for file in files]
 
-    def pieces() -> Generator[Piece, None, None]:
+    def read(parts: Callable[[Path, BinaryIO], Iterator[Any]]) -> Generator[Any, None, None]:
         before = 0
         for file, size in zip(files, sizes, strict=True):
             with reading(file), file.open("rb") as raw:
-                for piece in _file_pieces(file, raw):
-                    yield piece._replace(read=before + raw.tell())
+                for part in parts(file, raw):
+                    yield part._replace(read=before + raw.tell())
             before += size
 
-    return Corpus(name, lambda: sum(sizes), identity, pieces)
+    rows = (lambda: read(_token_rows)) if tokenized else None
+    return Corpus(name, lambda: sum(sizes), identity, lambda: read(_file_pieces), rows)
+
+
+def _is_tokenized(file: Path) -> bool:
+    if not file.name.endswith(JSON_LINES):
+        return False
+    with reading(file):
+        first = next(json_lines(file), (0, None))[1]
+    return isinstance(first, dict) and "token_ids" in first and "text" not in first
+
+
+def _token_rows(file: Path, raw: BinaryIO) -> Iterator[Row]:
+    for number, row in json_lines(file, raw):
+        where = f"{file}, line {number}"
+        ids = row.get("token_ids") if isinstance(row, dict) else None
+        if not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
+            raise DataError(f"{where}: not a JSON object with token_ids, which are whole numbers")
+        yield Row(ids, where, 0)
 
 
 def file_digest(path: Path) -> str:

@@ -197,16 +197,15 @@ def file_rows(path: Path, rows: str = "whole", raw: BinaryIO | None = None) -> I
         yield from _parquet_rows(path, raw)
         return
     if path.name.endswith(JSON_LINES):
-        with open_text(path, raw) as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    text = json.loads(line)["text"]
-                    if not isinstance(text, str):
-                        raise TypeError(f"text is {text!r}")
-                    text.encode()  # half of a surrogate pair, which JSON can spell, is no text
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}, line {number}: not a JSON object with a text ({error})") from error
-                yield text
+        for number, row in json_lines(path, raw):
+            try:
+                text = row["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"text is {text!r}")
+                text.encode()  # half of a surrogate pair, which JSON can spell, is no text
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}, line {number}: not a JSON object with a text ({error})") from error
+            yield text
         return
     with open_text(path, raw) as stream:
         text = stream.read()
@@ -218,6 +217,16 @@ def file_rows(path: Path, rows: str = "whole", raw: BinaryIO | None = None) -> I
         yield from (line.strip() for line in text.split("\n") if line.strip())
     else:
         yield text
+
+
+def json_lines(path: Path, raw: BinaryIO | None = None) -> Iterator[tuple[int, Any]]:
+    """The JSON values in the lines of a file, and the number of each line; one line is in memory at a time."""
+    with open_text(path, raw) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not a JSON object ({error})") from error
 
 
 def _parquet_rows(path: Path, raw: BinaryIO | None) -> Iterator[str]:

@@ -14,13 +14,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from signbit.data.corpus import TOKENS, Piece, Source, find_corpus
+from signbit.data.corpus import TOKENS, Corpus, Piece, Source, find_corpus
 from signbit.errors import DataError
 
 #: Version of the files, and of how text becomes tokens: a new one makes all text be tokenized anew.
 VERSION = 1
 #: Characters that are handed to the tokenizer in one call.
 _BATCH_CHARACTERS = 1_000_000
+#: Rows of token ids between two calls of progress.
+_REPORTED_ROWS = 500
 #: Called with how much of the text is tokenized, and how much there is: tokens, of a source with a limit of them, else
 #: bytes of its files or rows of a hub data set (None if that does not say how many it has).
 TokenProgress = Callable[[int, int | None], None]
@@ -105,11 +107,13 @@ def token_file(
     is added. Documents of more than some 100 thousand characters are tokenized in pieces cut at line ends, which may
     make other tokens there than the whole would. With a limit the file holds the first tokens of what it would without:
     the document in which the limit falls is cut there and has no boundary, and little more than that is read. A source
-    that is a .tokens file is opened where it lies. Several processes may call this at once: each writes its own file,
+    that is a .tokens file is opened where it lies. Of one whose lines hold token ids (`find_corpus`) each line is a row,
+    to which no boundary is added; a limit takes whole rows. Several processes may call this at once: each writes its own file,
     and the last rename wins with the same bytes.
 
     Raises DataError if the text is missing, damaged, not UTF-8 or empty, if the hub cannot be read, if `folder` cannot be
-    written, and for a .tokens file of another tokenizer.
+    written, for a .tokens file of another tokenizer, and for rows of token ids that differ in length or are not in the
+    vocabulary.
     """
     digest = tokenizer_digest(tokenizer)
     if source.name.endswith(TOKENS):
@@ -129,6 +133,11 @@ def token_file(
     path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}{TOKENS}"
     with suppress(DataError):  # not there, or not whole
         return replace(read_token_file(path), source=label)
+    if corpus.rows is not None:
+        made = _copy_rows(corpus, vocabulary_size(tokenizer), limit, path, progress)
+        made = replace(made, source=label, tokenizer=digest)
+        write_description(made)
+        return made
     dtype = id_type(vocabulary_size(tokenizer))
     documents = tokens = 0
     with _partial(path) as stream, closing(corpus.pieces()) as pieces:
@@ -166,6 +175,38 @@ def token_file(
     made = TokenFile(path, label, documents, tokens, dtype, boundary, digest)
     write_description(made)
     return made
+
+
+def _copy_rows(
+    corpus: Corpus, vocabulary: int, limit: int | None, path: Path, progress: TokenProgress | None
+) -> TokenFile:
+    """The rows of a corpus that is tokenized already, written to `path`, one after another."""
+    assert corpus.rows is not None
+    dtype, length, documents = id_type(vocabulary), 0, 0
+    with _partial(path) as stream, closing(corpus.rows()) as rows:
+        for row in rows:
+            length = length or len(row.ids)
+            if len(row.ids) != length:
+                raise DataError(
+                    f"{row.where} has {len(row.ids)} token ids, and the lines before have {length}; rows of one length are "
+                    "needed"
+                )
+            if not 0 <= min(row.ids) <= max(row.ids) < vocabulary:
+                wrong = next(token for token in row.ids if not 0 <= token < vocabulary)
+                raise DataError(
+                    f"{row.where} has the token {wrong}, but the model's tokenizer has {vocabulary}; they are another "
+                    "tokenizer's. Give a model with that one, or text"
+                )
+            if limit is not None and (documents + 1) * length > limit:
+                break
+            stream.write(as_bytes(row.ids, dtype))
+            documents += 1
+            if progress is not None and documents % _REPORTED_ROWS == 0:
+                progress(*((row.read, corpus.size()) if limit is None else (documents * length, limit)))
+        if not documents:
+            short = f" that the limit of {limit} tokens has room for" if length else ""
+            raise DataError(f"{corpus.source} holds no row{short}")
+    return TokenFile(path, corpus.source, documents, documents * length, dtype, None, "", row_tokens=length)
 
 
 def _batch(pieces: Iterator[Piece], characters: int) -> list[Piece]:

@@ -42,6 +42,7 @@ from signbit.models import Shape, set_module
 from signbit.models.structure import find_blocks
 from signbit.train import (
     METRICS,
+    RUN,
     Budget,
     DistillTrainer,
     Objective,
@@ -55,9 +56,9 @@ from signbit.train import (
     start_training_,
 )
 from signbit.train.plot import plot_run
+from signbit.train.spikes import checkpoint_without
 from signbit.version import VERSION
 
-RUN = "run.json"
 #: Called with the name of a source, how much of it is tokenized, and how much there is.
 Tokenizing = Callable[[str, int, int | None], None]
 
@@ -160,12 +161,10 @@ def _data(
     options, sources = recipe.options, TrainingData.parse(recipe.data)
     files, weights = _files(sources, tokenizer, folder, data_dir, progress), sources.weights
     held = options.validation_blocks
-    if options.max_passes is not None:
-        one_pass = len(Blocks(files, options.sequence_length, None, weights, options.seed, "train", held))
-        steps = max(round(options.max_passes * one_pass / options.batch_size), 1)
-    else:
-        steps = options.max_steps if options.max_steps is not None else 10_000_000
-    train = Blocks(files, options.sequence_length, steps * options.batch_size, weights, options.seed, "train", held)
+    # More than any run takes: how many chunks are skipped is not known before.
+    train = Blocks(
+        files, options.sequence_length, 10_000_000 * options.batch_size, weights, options.seed, "train", held
+    )
     if held == 0:
         return train, None
     return train, Blocks(files, options.sequence_length, held * len(files), weights, options.seed, "validation", held)
@@ -238,7 +237,8 @@ def train(
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find what it made
         data, validation = _data(recipe, tokenizer, folder, data_dir, progress)
     if options.max_passes is not None:
-        options = replace(options, max_passes=None, max_steps=len(data) // options.batch_size)
+        steps = max(round(options.max_passes * data.one_pass / options.batch_size), 1)
+        options = replace(options, max_passes=None, max_steps=steps)
     budget = Budget(options.max_steps, options.max_minutes)
     tokens = [file.path.name for file in data.files]  # which tell its content
     told = None if logits is None else {"file": str(logits.path), **logits.recipe()}
@@ -356,6 +356,12 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     if not run.is_file():
         raise TrainingError(f"{out} holds no run to go on with; leave --resume out to begin one")
     before, now = json.loads(run.read_text()), recipe.to_dict()
+    skipped, skip = (values["options"].pop("skip_chunks", ()) for values in (before, now))
+    if not {*skipped} <= {*skip}:
+        raise TrainingError(
+            f"{out} left out chunks of its data; name them again, and others if you like: "
+            f"--skip-chunks {' '.join(map(str, skipped))}"
+        )
     for part in ("start", "teacher", "tokenizer", "config", "data", "objective", "options", "schedule", "trained"):
         there, here = before.get(part), now[part]
         if there != here:
@@ -364,7 +370,7 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
                 key = next(key for key in {**here, **there} if here.get(key) != there.get(key))
                 differs = f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
             raise TrainingError(f"{out} is another run: {differs} differs; give the same options, or another directory")
-    return last_checkpoint(out)
+    return checkpoint_without(out, recipe.options.skip_chunks, recipe.options.save_every)
 
 
 def _check_same_logits(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -408,7 +414,7 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
     if unexpected or (missing := [name for name in missing if name not in tied]):
         name = (list(unexpected) or missing)[0]
         raise FormatError(f"{checkpoint}: the tensor {name} is {'unknown' if unexpected else 'missing'}; it is damaged")
-    packed = pack_training_(model, report)
+    packed = pack_training_(model, report, dtype)
     model.to(getattr(torch, dtype))
     finish_(model, config, packed.report)
     start, command = settings["start"], f"signbit pack {run}"

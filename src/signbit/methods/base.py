@@ -154,5 +154,7 @@ def store(values: Tensor, dtype: str, shift: bool = False) -> Tensor:
     stored, largest = values.to(chosen), values.abs().max().item()
     coarse = not shift and 0 < largest < 100 * torch.finfo(chosen).smallest_normal * torch.finfo(chosen).eps
     if coarse or not bool(torch.isfinite(stored).all()):
-        raise WeightError(f"scales up to {largest:.3g} do not fit {dtype}; use --scale-dtype float32")
+        raise WeightError(
+            f"scales up to {largest:.3g} do not fit {dtype}; use float32 (--scale-dtype; of signbit pack --dtype)"
+        )
     return stored

@@ -1,8 +1,8 @@
 """Training: students of binary layers, what they are taught by, and the trainer."""
 
 from signbit.train.budget import Budget, Schedule, check_length
-from signbit.train.checkpoints import last_checkpoint
-from signbit.train.metrics import METRICS
+from signbit.train.checkpoints import METRICS, RUN, last_checkpoint, read_metrics
+from signbit.train.flips import FlipHistory, Flips, read_flips
 from signbit.train.muon import Muon, Together, orthogonalized
 from signbit.train.objectives import (
     Head,
@@ -17,7 +17,6 @@ from signbit.train.objectives import (
 )
 from signbit.train.outputs import States, head_of
 from signbit.train.students import (
-    Flips,
     Packed,
     Trained,
     binary_layers,
@@ -31,8 +30,10 @@ from signbit.train.trainer import DistillTrainer, TrainOptions
 
 __all__ = [
     "METRICS",
+    "RUN",
     "Budget",
     "DistillTrainer",
+    "FlipHistory",
     "Flips",
     "Head",
     "Muon",
@@ -56,6 +57,8 @@ __all__ = [
     "orthogonalized",
     "output_loss",
     "pack_training_",
+    "read_flips",
+    "read_metrics",
     "soft_cross_entropy",
     "start_dense_",
     "start_training_",

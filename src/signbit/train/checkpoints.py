@@ -1,4 +1,4 @@
-"""The checkpoints of a run: complete or absent."""
+"""What a run keeps in its directory: checkpoints, complete or absent, and lines of metrics."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-#: What a checkpoint has when it is complete: how much of the budget was used.
+#: Everything that decided the run, and what was measured on the way.
+RUN, METRICS = "run.json", "metrics.jsonl"
+#: What a checkpoint has when it is complete: how much of the budget was used, and which data was left out.
 STATE = "signbit.json"
 UNFINISHED = ".unfinished"
 _PREFIX = "checkpoint-"
 
 
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest first."""
+    found = [path for path in out.glob(f"{_PREFIX}*") if (path / STATE).is_file()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    found = [path for path in out.glob(f"{_PREFIX}*") if (path / STATE).is_file()]
-    return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+    return next(iter(checkpoints(out)), None)
 
 
 def finish_checkpoint(out: Path, step: int, state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
@@ -13,13 +14,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from signbit.errors import TrainingError
-from signbit.train.checkpoints import last_checkpoint
+from signbit.train.checkpoints import METRICS, STATE, last_checkpoint
+from signbit.train.spikes import Spike, chunk_at, usual_loss
 from signbit.train.students import latents
 
 if TYPE_CHECKING:
     from signbit.train.trainer import DistillTrainer
-
-METRICS = "metrics.jsonl"
 
 
 class Metrics(TrainerCallback):
@@ -34,6 +34,9 @@ class Metrics(TrainerCallback):
         self._bar: Any = None
         self._last: tuple[int, float] | None = None
         self._warned = self._looked = self._stepped = False
+        self._losses: list[float] = []
+        #: Why the run has stopped, if it is to go back.
+        self.spike: Spike | None = None
 
     def forget_after(self, step: int) -> None:
         """Takes the lines of steps after `step` away, which will be made again."""
@@ -41,10 +44,40 @@ class Metrics(TrainerCallback):
             lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
             self._path.write_text("".join(f"{line}\n" for line in lines))
 
+    def remember(self, lines: list[dict[str, Any]]) -> None:
+        """Begins with the lines that there are, against whose losses new ones are held."""
+        self._losses = [line["loss"] for line in lines if "loss" in line]
+        self.spike = None
+
+    def _go_back(self, step: int, loss: float | None, control: Any) -> bool:
+        """Stops and writes of it if the loss of `step` (None: no number) is a spike for which the run can go back."""
+        trainer, factor, usual = self._trainer, self._trainer.options.spike, usual_loss(self._losses)
+        if factor is None or (loss is not None and (usual is None or loss <= factor * usual)):
+            return False
+        told = f"the loss spiked at step {step} ({'no number' if loss is None else f'{loss:.4g}'}"
+        told += ")" if usual is None else f", usually {usual:.4g})"
+        last = last_checkpoint(trainer.out)
+        if last is None:
+            print(f"WARNING: {told}, and there is no checkpoint to go back to", file=sys.stderr)
+            return False
+        begin = json.loads((last / STATE).read_text())["step"]
+        chunk = chunk_at(begin // trainer.options.save_every, trainer.skipped)
+        self.spike = Spike(step, loss, usual, chunk)
+        control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+        if trainer.is_world_process_zero():
+            self.forget_after(begin)
+            self._write({"step": begin, "spike": asdict(self.spike)})
+            print(f"\nWARNING: {told}; back to {last}, without chunk {chunk} of the data", file=sys.stderr)
+        return True
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget = self._trainer.budget
         self._trainer.check_wrapped()
-        self._trainer.flips.since()  # from the signs on that a checkpoint brought
+        self._trainer.flips.begin()  # from the signs on that a checkpoint brought
         self._last = (state.global_step, time.monotonic())
         if state.is_world_process_zero:
             total = budget.max_steps if budget.max_minutes is None else round(60 * budget.max_minutes)
@@ -72,6 +105,7 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget = self._trainer.budget
+        self._trainer.flips.step()
         if not self._stepped:
             # What torch.compile takes at the first step is not training.
             self._stepped = True
@@ -93,9 +127,12 @@ class Metrics(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         trainer, now = self._trainer, time.monotonic()
-        by_layer = trainer.flips.since()
+        flip_steps, by_layer = trainer.flips.steps, trainer.flips.take()
         parts = trainer.take_parts()
-        if not all(map(math.isfinite, (logs["loss"], *parts.values()))):
+        finite = all(map(math.isfinite, (logs["loss"], *parts.values())))
+        if self._go_back(state.global_step, logs["loss"] if finite else None, control):
+            return
+        if not finite:
             last = last_checkpoint(trainer.out)
             kept = f"{last} is the last good checkpoint" if last else "there is no checkpoint yet"
             raise TrainingError(
@@ -110,6 +147,7 @@ class Metrics(TrainerCallback):
         line["learning_rate"] = logs["learning_rate"]
         if by_layer:
             line["flips"] = logs["flips"] = trainer.flips.share(by_layer)
+            line["flip_steps"] = flip_steps
         norm = getattr(trainer.optimizer, "grad_norm", None) if trainer.optimizer is not None else None
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         norm = logs.get("grad_norm", getattr(optimizer, "grad_norm", norm))
@@ -121,8 +159,8 @@ class Metrics(TrainerCallback):
         line |= {"tokens_per_s": rate, "used_s": trainer.budget.used_s}
         logs |= {"tokens_per_s": rate, **parts}
         if state.is_world_process_zero:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self._write(line)
+        self._losses.append(logs["loss"])
         if self._bar is not None:
             flips = f", flips {line['flips']:.2%}" if by_layer else ""
             self._bar.set_postfix_str(f"loss {line['loss']:.4g}{flips}, {rate:,.0f} tokens/s")
@@ -138,8 +176,7 @@ class Metrics(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if metrics and state.is_world_process_zero:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "validation_loss": metrics["eval_loss"]}) + "\n")
+            self._write({"step": state.global_step, "validation_loss": metrics["eval_loss"]})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

@@ -45,7 +45,7 @@ class States:
         """Notes the states of the forward pass inside."""
         self.blocks, self.last, self._listening = [], None, True
         try:
-            with _one_sequence_a_row():
+            with one_sequence_a_row():
                 yield
         finally:
             self._listening = False
@@ -59,7 +59,7 @@ class States:
 
 
 @contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
+def one_sequence_a_row() -> Iterator[None]:
     """Keeps transformers from looking at positions and masks on the GPU for what blocks of text do not have.
 
     It looks for several sequences in a row, and waits for the GPU to see what it finds, twice a step, in which nothing is

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from signbit import ptq
-from signbit.errors import OptionError, SignbitError
+from signbit.errors import OptionError, SignbitError, WeightError
 from signbit.linear import BinaryLinear
-from signbit.methods.base import Method
+from signbit.methods.base import Method, store
 from signbit.models import Decision, Report, find_structure, linear_parts, set_module, split_experts_
 from signbit.models.structure import find_blocks
-from signbit.train.divided import is_divided, local
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,22 @@ class Packed:
 
 
 @torch.no_grad()
-def pack_training_(model: nn.Module, report: Report) -> Packed:
-    """Puts the packed layer in the place of each trainable one, in place, without a loss."""
+def pack_training_(model: nn.Module, report: Report, dtype: str = "float32") -> Packed:
+    """Puts the packed layer in the place of each trainable one, in place; without a loss if scales are stored in float32.
+
+    `dtype` is what they are stored in. Raises WeightError if one does not fit it.
+    """
     sizes: dict[str, int] = {}
     zeros = 0
     for name, layer in list(binary_layers(model)):
         zeros += int((layer.weight == 0).sum())
         packed = layer.pack()
+        for part, value in list(packed.named_buffers()):
+            if value.is_floating_point():
+                try:
+                    setattr(packed, part, store(value, dtype, shift="shift" in part))
+                except WeightError as error:
+                    raise WeightError(f"{name}: {error}") from error
         sizes[name] = packed.nbytes
         set_module(model, name, packed)
     decisions = tuple(
@@ -118,36 +126,3 @@ def pack_training_(model: nn.Module, report: Report) -> Packed:
         for d in report.decisions
     )
     return Packed(Report(decisions, report.block_parameters), zeros)
-
-
-class Flips:
-    """Which signs of the latents changed since they were last looked at; of divided ones each process counts its part."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._layers = dict(binary_layers(model))
-        self._before: dict[str, Tensor] = {}
-        self._sizes: dict[str, float] = {}
-        self.since()
-
-    @torch.no_grad()
-    def since(self) -> dict[str, float]:
-        """Share of the signs of each layer that changed, and from here on counts anew."""
-        now = {name: local(layer.weight) >= 0 for name, layer in self._layers.items()}
-        if not now:
-            return {}
-        rows = []
-        for name, signs in now.items():
-            before = self._before.get(name, signs)
-            # An engine has divided it since: what it was is not known here.
-            changed = (signs != before).sum() if before.shape == signs.shape else signs.new_zeros((), dtype=torch.long)
-            rows.append(torch.stack([changed, changed.new_tensor(signs.numel())]))
-        counts = torch.stack(rows)
-        if any(is_divided(layer.weight) for layer in self._layers.values()):
-            torch.distributed.all_reduce(counts)
-        self._before = now
-        self._sizes = dict(zip(now, counts[:, 1].tolist(), strict=True))
-        return dict(zip(now, (counts[:, 0] / counts[:, 1].clamp_min(1)).tolist(), strict=True))
-
-    def share(self, by_layer: dict[str, float]) -> float:
-        """Share of all signs, from the shares of the layers."""
-        return sum(by_layer[name] * size for name, size in self._sizes.items()) / max(sum(self._sizes.values()), 1)

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler, Subset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -25,14 +26,24 @@ from signbit.methods.base import check_choice
 from signbit.models.structure import find_blocks
 from signbit.train.budget import Budget, Schedule
 from signbit.train.captured import CapturedStep
-from signbit.train.checkpoints import STATE, UNFINISHED, finish_checkpoint, last_checkpoint
+from signbit.train.checkpoints import (
+    METRICS,
+    STATE,
+    UNFINISHED,
+    checkpoints,
+    finish_checkpoint,
+    last_checkpoint,
+    read_metrics,
+)
 from signbit.train.compiling import compiled, compiled_once, repeatable
 from signbit.train.divided import local, whole
+from signbit.train.flips import Flips
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, Top, attention_distance, hidden_distance, output_loss
 from signbit.train.outputs import States, head_of
-from signbit.train.students import Flips, matrices
+from signbit.train.spikes import Unskipped, check_in_a_row, recorded
+from signbit.train.students import matrices
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,12 @@ class TrainOptions:
     """Checkpoints that are kept."""
     validation_blocks: int = 16
     """Sequences held out of each source; the loss on them is measured at each checkpoint."""
+    spike: float | None = None
+    """How many times the usual loss (the median of the last 20 lines) is a spike: the run goes back to its last checkpoint
+    and leaves out the chunk of data behind it, which is what the steps up to the next checkpoint see. Default: none is."""
+    skip_chunks: tuple[int, ...] = ()
+    """Chunks of data to leave out, by number: the first --save-every steps see chunk 0, the next chunk 1, and so on. May be
+    named with --resume too, which then goes back to before them."""
     seed: int = 0
     """Seed of the data's order and of everything random."""
     report_to: tuple[str, ...] = ()
@@ -105,6 +122,12 @@ class TrainOptions:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} is needed")
+        if self.spike is not None and not self.spike > 1:
+            raise OptionError(f"--spike is {self.spike}; it is a multiple of the usual loss, above 1 (1.5)")
+        if any(chunk < 0 for chunk in self.skip_chunks) or len(set(self.skip_chunks)) < len(self.skip_chunks):
+            raise OptionError(
+                f"--skip-chunks is {' '.join(map(str, self.skip_chunks))}; each chunk is named once, by its number from 0"
+            )
         if self.learning_rate < 0:
             raise OptionError(f"--learning-rate is {self.learning_rate}; it cannot be negative")
         known = [name.value for name in OptimizerNames]
@@ -248,6 +271,8 @@ class DistillTrainer(Trainer):
                 if model is not None:
                     for block in find_blocks(model)[1]:
                         block.forward = compiled(block.forward)
+        #: Chunks of data that are left out.
+        self.skipped = set(options.skip_chunks)
         self.flips = Flips(student)
         self.metrics = Metrics(self)
         self.remove_callback(PrinterCallback)
@@ -349,16 +374,7 @@ class DistillTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None and self.options.optim == "muon":
-            some = [p for p in matrices(self.model) if p.requires_grad]
-            chosen = {id(parameter) for parameter in some}
-            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in chosen]
-            options = self.options
-            adam = torch.optim.AdamW(
-                rest, lr=options.learning_rate, betas=(options.beta1, options.beta2),
-                weight_decay=options.weight_decay, fused=bool(rest) and rest[0].is_cuda,
-            )  # fmt: skip
-            muon = [Muon(some, lr=options.learning_rate)] if some else []
-            self.optimizer = Together([*muon, adam], options.max_grad_norm)
+            self.optimizer = muon_beside_adam(self.model, self.options)
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -405,7 +421,9 @@ class DistillTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                finish_checkpoint(self.out, step, {"used_s": self.budget.used_s, "step": step})
+                finish_checkpoint(
+                    self.out, step, {"used_s": self.budget.used_s, "step": step, "skipped": sorted(self.skipped)}
+                )
                 rotate_checkpoints(output_dir=str(self.out), save_total_limit=self.options.keep_checkpoints)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
@@ -416,19 +434,62 @@ class DistillTrainer(Trainer):
             ) from error
 
     def run(self, checkpoint: Path | None = None) -> None:
-        """Trains to the end of the budget, from `checkpoint` on if there is one."""
+        """Trains to the end of the budget, from `checkpoint` on if there is one; goes back where the loss spikes.
+
+        Raises TrainingError if it spikes behind one checkpoint again and again, or under FSDP or DeepSpeed.
+        """
         state: dict[str, Any] = (
             {"step": 0, "used_s": 0.0} if checkpoint is None else json.loads((checkpoint / STATE).read_text())
         )
         if self.is_world_process_zero():
-            self.metrics.forget_after(state["step"])
+            self._forget_after(checkpoint, state["step"])
         self.budget.begin(state["used_s"])
         if self.budget.done(state["step"]) >= 1:
             return
-        seen = state["step"] * self.options.batch_size
-        self.train_dataset = Subset(self._data, range(seen, len(self._data)))  # type: ignore[arg-type]
+        self._train_from(checkpoint, state["step"])
+        while (spike := self.metrics.spike) is not None:
+            checkpoint = last_checkpoint(self.out)
+            assert checkpoint is not None
+            if self.engine["kind"] in ("FSDP", "DEEPSPEED"):  # which wrap model and optimizer once only
+                raise TrainingError(
+                    f"the loss spiked at step {spike.step}. Go on with --resume, which leaves out chunk "
+                    f"{spike.skipped_chunk} behind {checkpoint}; under {self.engine['kind']} a run does not go back by itself"
+                )
+            self._train_from(checkpoint, json.loads((checkpoint / STATE).read_text())["step"])
+
+    def _forget_after(self, checkpoint: Path | None, step: int) -> None:
+        """Takes away what an earlier run left that was made after the checkpoint to go on with."""
+        for path in checkpoints(self.out):
+            if path == checkpoint:
+                break
+            print(f"note: {path} has learnt from a chunk that is skipped now, and is removed", file=sys.stderr)
+            shutil.rmtree(path)
+        self.metrics.forget_after(step)
+
+    def _train_from(self, checkpoint: Path | None, step: int) -> None:
+        self.accelerator.wait_for_everyone()  # the first process may have written metrics
+        path = self.out / METRICS
+        lines = read_metrics(path) if path.exists() else []
+        check_in_a_row(lines, step)
+        self.skipped = {*self.options.skip_chunks, *recorded(lines)}
+        self.metrics.remember(lines)
+        size = self.options.save_every * self.options.batch_size
+        self.train_dataset = Unskipped(self._data, step * self.options.batch_size, size, self.skipped)
         with repeatable(self.options.deterministic):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def muon_beside_adam(model: nn.Module, options: TrainOptions) -> Together:
+    """Muon for the matrices of `model`, AdamW for what else is trained."""
+    some = [p for p in matrices(model) if p.requires_grad]
+    chosen = {id(parameter) for parameter in some}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    adam = torch.optim.AdamW(
+        rest, lr=options.learning_rate, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay,
+        fused=bool(rest) and rest[0].is_cuda,
+    )  # fmt: skip
+    muon = [Muon(some, lr=options.learning_rate)] if some else []
+    return Together([*muon, adam], options.max_grad_norm)
 
 
 def _check_engine(kind: str, optim: str, trains_head: bool) -> None:
