@@ -213,7 +213,7 @@ def test_progress_is_of_the_limit(tokenizer, tmp_path, folder, monkeypatch):
 
 
 def test_a_bar_of_what_has_no_known_end(monkeypatch):
-    from signbit.cli import _Bars
+    from signbit.cli.output import Bars
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -221,7 +221,7 @@ def test_a_bar_of_what_has_no_known_end(monkeypatch):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    bars = _Bars()
+    bars = Bars()
     bars("tokenizing rows", 5, None, "")
     bars("tokenizing limit", 5, 10, "")
     bars.close()

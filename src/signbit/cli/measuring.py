@@ -1,0 +1,310 @@
+"""`signbit info`, `memory`, `eval`, `doctor`: what a model weighs and costs, and what multiplies."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from signbit.cli.output import byte_text, note, quiet, table, write_json
+from signbit.cli.parsing import RunOptions, parse
+from signbit.errors import OptionError, SignbitError
+from signbit.version import VERSION
+
+if TYPE_CHECKING:
+    from signbit.evaluate.doctor import Machine
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Show the true size of a packed directory: bits per weight, bits per parameter, bytes, salient share."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Packed directory."""
+    layers: bool = False
+    """One line a layer instead of one a kind."""
+    json: str | None = None
+    """Also write everything to this JSON file."""
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Show what a model takes in memory, in training and packed: fp32, bf16, int8 signs, 1 bit; or in energy."""
+
+    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL]")] = None
+    """Model directory, config.json or hub id; beside a recipe its shape is taken in place of the recipe's."""
+    recipe: str | None = None
+    """Named recipe, or a .toml file of one: shape, method, optimizer, length (see signbit pretrain --list)."""
+    method: str | None = None
+    """Method of the 1-bit form; default: the recipe's, else onebit."""
+    sequences: int = 1
+    """Sequences on a device at a time."""
+    sequence_length: int | None = None
+    """Tokens a sequence; default: the recipe's, else 1024."""
+    vocabulary: int | None = None
+    """Tokens of the vocabulary, where the recipe does not say it or another is meant."""
+    measure: Literal["auto", "always", "never"] = "auto"
+    """Whether to make a step here where there is room for it, and count its tensors: auto leaves out what takes long on a
+    CPU."""
+    device: str = "cpu"
+    """Device on which to measure: cpu, cuda, cuda:1 …"""
+    energy: bool = False
+    """Show what additions and multiplications take in J, by the BitNet paper's model; of its own models without MODEL."""
+    tokens: int = 512
+    """Tokens of the text whose energy is shown."""
+    json: str | None = None
+    """Also write everything to this JSON file."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Measure perplexity by named protocols."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Packed or full-precision model."""
+    ppl: str = "wikitext2"
+    """Protocols or text files (.txt, .jsonl), divided by commas; see `signbit eval --list`."""
+    against: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Another model to measure beside it, the full-precision one for example; may be repeated."""
+    data_dir: str | None = None
+    """Directory of local files in place of the hub (wikitext2/wiki.test.raw …)."""
+    json: str | None = None
+    """Also write the results to this JSON file."""
+    max_windows: int | None = None
+    """Stop after this many windows; the result says so."""
+    list: bool = False
+    """List the protocols and exit."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Show what multiplies on this machine and why, and check its kernels against plain torch."""
+
+    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL]")] = None
+    """Packed directory; shows which of its layers the kernels multiply, and why not the others."""
+    json: str | None = None
+    """Also write everything to this JSON file."""
+
+
+def info(argv: Sequence[str]) -> None:
+    """`signbit info`."""
+    args = parse("info", argv, InfoOptions)
+    from signbit.evaluate.size import measure_size
+
+    size = measure_size(args.model)
+    rows: list[tuple[str, ...]]
+    if args.layers:
+        rows = [
+            (
+                layer.name, f"{layer.out_features} × {layer.in_features}", f"{layer.bits_per_weight:.3f}",
+                f"{layer.salient:.1%}", byte_text(layer.nbytes),
+            )
+            for layer in size.layers
+        ]  # fmt: skip
+        table(None, ("layer", "shape", "true bits", "salient", "bytes"), rows)
+    else:
+        rows = [
+            (kind.name, str(kind.layers), kind.shape, kind.bits, f"{kind.salient:.1%}", byte_text(kind.nbytes))
+            for kind in size.kinds()
+        ]
+        table(None, ("layers", "count", "shape", "true bits", "salient", "bytes"), rows)
+    options = ", ".join(f"{key}={value}" for key, value in size.settings.get("options", {}).items())
+    print(f"method                          {size.settings.get('method', 'unknown')} ({options})")
+    print(f"true bits per packed weight     {size.bits_per_weight:.3f}  ({size.linears_saved:.1%} of 16 saved)")
+    print(f"whole file, bits per parameter  {size.bits_per_parameter:.3f}")
+    print(f"parameters                      {size.parameters:,}")
+    print(f"bytes of the weight files       {size.file_bytes:,}")
+    print(f"16-bit model would be           {2 * size.parameters:,}  ({size.file_saved:.1%} saved)")
+    write_json(args.json, size.to_dict())
+
+
+def memory(argv: Sequence[str]) -> None:
+    """`signbit memory`."""
+    args = parse("memory", argv, MemoryOptions)
+    facts: dict[str, Any] = {"signbit": VERSION, "command": shlex.join(["signbit", "memory", *argv])}
+    if args.energy and args.model is None and args.recipe is None:
+        from signbit.evaluate.energy import PAPER
+
+        models, name = PAPER, ""
+    else:
+        from signbit.hub import memory as of
+
+        quiet()
+        asked = of.subject(args.recipe, args.model, args.vocabulary, args.method, args.sequences, args.sequence_length)
+        name = args.recipe or Path(args.model).name
+        models = {name: of.products(asked)} if args.energy else {}
+    if args.energy:
+        from signbit.evaluate.energy import energy
+
+        if args.tokens < 1:
+            raise OptionError(f"--tokens is {args.tokens}; at least 1 is needed")
+        found = [(model, use) for model, products in models.items() for use in energy(products, args.tokens)]
+        rows = [
+            (model, use.form, f"{use.process_nm} nm", f"{use.multiplications_j:.3g} J", f"{use.additions_j:.3g} J")
+            for model, use in found
+        ]
+        table(f"energy of {args.tokens} tokens", ("model", "form", "process", "multiplications", "additions"), rows)
+        print(
+            "linears and attention of the blocks, by the model of BitNet (arXiv 2310.11453); embedding and head are left out"
+        )
+        write_json(args.json, {**facts, "tokens": args.tokens, "energy": [{"model": m, **asdict(u)} for m, u in found]})
+        return
+    from signbit.hub.load import torch_device
+
+    uses = of.memory(asked, args.measure, torch_device(args.device), note)
+    forms = [
+        (
+            use.phase, use.form, byte_text(use.weights),
+            *(byte_text(part) if use.phase == "training" else "" for part in (use.gradients, use.optimizer)),
+            byte_text(use.activations), byte_text(use.total), "measured" if use.measured else "computed",
+        )
+        for use in uses
+    ]  # fmt: skip
+    options = asked.options
+    table(name, ("", "form", "weights", "gradients", "optimizer", "activations", "total", ""), forms)
+    print(
+        f"1 bit is {asked.method}; {options.optim}; {asked.sequences} × {options.sequence_length} tokens at a time"
+        f"{', blocks computed again in the backward pass' if options.gradient_checkpointing else ''}"
+    )
+    print(
+        "activations: in training what the backward pass needs (logits and a teacher are not in it); packed: keys and values"
+    )
+    size = {"sequences": asked.sequences, "sequence_length": options.sequence_length, "optim": options.optim}
+    rows_of = [{**asdict(use), "total": use.total} for use in uses]
+    write_json(
+        args.json, {**facts, "method": asked.method, **size, "config": asked.config.to_dict(), "rows": rows_of}
+    )
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`signbit eval`."""
+    if "--list" in argv:
+        from signbit.data import PROTOCOLS
+
+        for name, protocol in PROTOCOLS.items():
+            print(f"{name:14} {protocol.help}")
+        return
+    from signbit.evaluate.perplexity import TextOptions
+
+    args = parse("eval", argv, EvalOptions, text=TextOptions, run=RunOptions)
+    from tqdm import tqdm
+
+    from signbit.evaluate.perplexity import check, perplexity
+    from signbit.evaluate.size import measure_size
+    from signbit.hub.load import load_any, load_tokenizer
+    from signbit.linear import PackedLinear, set_activations
+
+    quiet()
+    names = [name.strip() for name in args.ppl.split(",") if name.strip()]
+    if not names:
+        raise OptionError("--ppl names nothing to measure; see signbit eval --list")
+    for name in names:
+        check(name, args.data_dir, args.text, args.max_windows)
+    results: list[dict[str, Any]] = []
+    saved: dict[str, tuple[float, float]] = {}
+    for model_name in (args.model, *args.against):
+        model = load_any(model_name, args.run.dtype, args.run.device)
+        if Path(model_name).is_dir() and any(isinstance(module, PackedLinear) for module in model.modules()):
+            size = measure_size(model_name)
+            saved[model_name] = size.linears_saved, size.file_saved
+        tokenizer = load_tokenizer(model_name)
+        if not set_activations(model, args.run.activations):
+            print(f"note: {model_name} has no packed layer; its activations stay exact", file=sys.stderr)
+        for name in names:
+            with tqdm(desc=f"{Path(model_name).name} {name}", unit="window", disable=None, leave=False) as bar:
+
+                def step(done: int, total: int, value: float, bar: Any = bar) -> None:
+                    bar.total = total
+                    bar.set_postfix_str(f"ppl {value:.2f}", refresh=False)
+                    bar.update(done - bar.n)
+
+                result = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step)
+            results.append({"model": model_name, **result.to_dict(), "saved": saved.get(model_name)})
+        del model
+    anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (args.against or ("",))[-1]}
+    rows = [
+        (
+            r["model"], r["protocol"], f"{r['perplexity']:.4g}" if r["perplexity"] >= 1e4 else f"{r['perplexity']:.3f}",
+            f"{r['perplexity'] / anchors[r['protocol']]:.3g} ×" if r["protocol"] in anchors else "",
+            " / ".join(f"{share:.1%}" for share in saved.get(r["model"], ())),
+            f"{r['windows']} × {r['window']}", f"{r['dtype']}, {r['activations']}", f"{r['seconds_s']:.0f} s",
+        )
+        for r in results
+    ]  # fmt: skip
+    last = f"of {args.against[-1]}" if args.against else ""
+    table(None, ("model", "protocol", "perplexity", last, "saved", "windows", "run", "time"), rows)
+    if saved:
+        print("saved: of 16 bits, in the packed linears / in the whole weight files")
+    write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), "results": results})
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """`signbit doctor`; raises SignbitError if kernels fail their check."""
+    args = parse("doctor", argv, DoctorOptions)
+    from signbit.evaluate.doctor import examine, multiplied
+    from signbit.ops.cpu import VARIABLE
+
+    machine = examine()
+    _print_machine(machine, VARIABLE)
+    facts: dict[str, Any] = asdict(machine)
+    if args.model is not None:
+        from signbit.format import read_description
+        from signbit.hub.load import load_any
+
+        read_description(args.model)
+        quiet()
+        result = multiplied(load_any(args.model))
+        facts["model"] = {"model": args.model, **asdict(result)}
+        print(f"\n{args.model}: the kernels multiply {result.kernels} of {result.layers} packed layers")
+        for mode, count in result.dense.items():
+            print(
+                f"  256 tokens and more, {mode}: {count} of them by a matrix unpacked for the call, which is faster there"
+            )
+        for reason, names in result.reference.items():
+            some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            print(f"  plain torch multiplies {len(names)}: {reason} ({some})")
+        if result.no_siblings is not None:
+            print(f"  on a GPU: {result.no_siblings}")
+        elif result.siblings:
+            shared = sum(map(len, result.siblings))
+            print(
+                f"  on a GPU: {shared} of them are given an input with others, and share {len(result.siblings)} launches"
+            )
+    write_json(args.json, facts)
+    if machine.broken:
+        raise SignbitError(
+            f"the check of {', '.join(machine.broken)} failed; please report this with the lines above (signbit chooses "
+            "no kernels that fail)"
+        )
+
+
+def _print_machine(machine: Machine, variable: str) -> None:
+    facts = {
+        **machine.versions,
+        "processor": machine.processor,
+        "threads": f"{machine.threads} (of torch)",
+        variable: machine.variable or "not set",
+    }
+    if machine.library is None:
+        facts["kernels"] = f"none: {machine.missing}"
+    else:
+        facts["features"] = " ".join(machine.features) or "none that the kernels use"
+        facts["kernels"] = machine.library
+        facts["compiled"] = ", ".join(machine.compiled)
+        facts["run here"] = ", ".join(check for check in machine.checks if not check.startswith("cuda"))
+    for name, value in facts.items():
+        print(f"{name:12}  {value}")
+    for device, name in machine.devices.items():
+        print(f"\n{device} ({name})")
+        for choice in machine.choices:
+            if choice.device == device:
+                print(f"  {choice.op}: {choice.backend} ({choice.reason})")
+    if machine.checks:
+        print("\nchecked against plain torch")
+    for isa, wrong in machine.checks.items():
+        print(f"  {isa}: {wrong or 'right'}")
