@@ -13,6 +13,7 @@ import torch
 
 from signbit import cli
 from signbit.cli import main
+from signbit.cli.data import SelfGenerateOptions, TeacherLogitsOptions
 from signbit.ops import cpu, cuda, explain, native
 
 needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
@@ -60,7 +61,7 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
 
 
 def test_each_kind_of_data_has_help_that_names_its_options(capsys):
-    for kind, options in (("self-generate", cli.SelfGenerateOptions), ("teacher-logits", cli.TeacherLogitsOptions)):
+    for kind, options in (("self-generate", SelfGenerateOptions), ("teacher-logits", TeacherLogitsOptions)):
         with pytest.raises(SystemExit) as stop:
             main(["data", kind, "--help"])
         out = capsys.readouterr().out

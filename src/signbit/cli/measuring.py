@@ -176,9 +176,7 @@ def memory(argv: Sequence[str]) -> None:
     )
     size = {"sequences": asked.sequences, "sequence_length": options.sequence_length, "optim": options.optim}
     rows_of = [{**asdict(use), "total": use.total} for use in uses]
-    write_json(
-        args.json, {**facts, "method": asked.method, **size, "config": asked.config.to_dict(), "rows": rows_of}
-    )
+    write_json(args.json, {**facts, "method": asked.method, **size, "config": asked.config.to_dict(), "rows": rows_of})
 
 
 def evaluate(argv: Sequence[str]) -> None:
