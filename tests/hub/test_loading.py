@@ -1,5 +1,6 @@
 """Every way of loading a packed directory, with signbit and without it."""
 
+import copy
 import filecmp
 import json
 import os
@@ -183,24 +184,38 @@ def run_python(code, *arguments, without_signbit=False):
 
 
 PLAIN = {
-    "AutoModelForCausalLM": "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])",
-    "AutoModel": "transformers.AutoModel.from_pretrained(sys.argv[1])",
-    "the class itself": "transformers.LlamaForCausalLM.from_pretrained(sys.argv[1])",
-    "device_map": "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map='cpu')",
-    "pipeline": "transformers.pipeline('text-generation', model=sys.argv[1])",
-    "trust_remote_code": "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)",
+    "AutoModelForCausalLM": "transformers.AutoModelForCausalLM.from_pretrained(out)",
+    "AutoModel": "transformers.AutoModel.from_pretrained(out)",
+    "the class itself": "transformers.LlamaForCausalLM.from_pretrained(out)",
+    "device_map": "transformers.AutoModelForCausalLM.from_pretrained(out, device_map='cpu')",
+    "pipeline": "transformers.pipeline('text-generation', model=out)",
+    "trust_remote_code": "transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)",
 }
+EVERY_WAY = """
+import json, sys, transformers
+said = {}
+for out in sys.argv[2:]:
+    for way, code in json.loads(sys.argv[1]).items():
+        try:
+            eval(code)
+            said[f"{out} {way}"] = "LOADED"
+        except Exception as error:
+            said[f"{out} {way}"] = str(error)
+print(json.dumps(said))
+"""
 
 
-@pytest.mark.parametrize("way", PLAIN)
-@pytest.mark.parametrize("setting", ["absmean", "absmean_int8_head"])
-def test_without_signbit_every_way_of_loading_raises(llama, tokenizer, tmp_path, way, setting):
-    out = signbit.save(quantized(llama, **SETTINGS[setting]), tmp_path / "packed", tokenizer)
-    done = run_python(f"import sys, transformers\n{PLAIN[way]}\nprint('LOADED')", str(out), without_signbit=True)
-    assert done.returncode != 0
-    assert "LOADED" not in done.stdout
-    wanted = "signbit" if way == "trust_remote_code" else "mismatch"
-    assert wanted in done.stderr, done.stderr[-2000:]
+def test_without_signbit_every_way_of_loading_raises(llama, tokenizer, tmp_path):
+    outs = [
+        str(signbit.save(quantized(copy.deepcopy(llama), **SETTINGS[name]), tmp_path / name, tokenizer))
+        for name in ("absmean", "absmean_int8_head")
+    ]
+    done = run_python(EVERY_WAY, json.dumps(PLAIN), *outs, without_signbit=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) == 2 * len(PLAIN)
+    for what, text in said.items():
+        assert ("signbit" if what.endswith("trust_remote_code") else "mismatch") in text, (what, text)
 
 
 def test_remote_code_imports_signbit_and_gives_equal_logits(packed, ids):
@@ -218,9 +233,14 @@ print(json.dumps(model(torch.tensor([[3, 5, 7, 11, 13, 17]])).logits.tolist()), 
 
 
 @pytest.mark.parametrize(
-    "order", ["import signbit\nimport transformers", "import transformers\nimport signbit",
-              "import transformers.modeling_utils\nimport signbit", "import signbit.hub.quantizer\nimport transformers"]
-)  # fmt: skip
+    "order",
+    [
+        "import signbit\nimport transformers",
+        "import transformers\nimport signbit",
+        pytest.param("import transformers.modeling_utils\nimport signbit", marks=pytest.mark.slow),
+        pytest.param("import signbit.hub.quantizer\nimport transformers", marks=pytest.mark.slow),
+    ],
+)
 def test_registration_in_any_order_of_imports(packed, order):
     load = "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     code = f"{order}\nimport sys\nprint(type({load}.model.layers[0].mlp.up_proj))"
@@ -297,6 +317,7 @@ def test_transformers_still_loads_other_models(llama_dir):
     assert "signbit" in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING
 
 
+@pytest.mark.slow
 def test_lm_eval_loads_it_as_any_hf_model(packed, tmp_path):
     pytest.importorskip("lm_eval")
     out, _ = packed

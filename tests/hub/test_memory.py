@@ -121,6 +121,7 @@ def test_packed_is_what_pack_writes(llama_dir, text, tmp_path):
     assert packed_bytes(asked) == sum(tensor.nbytes for tensor in stored.values())
 
 
+@pytest.mark.slow
 def test_optimizers_and_checkpointing():
     config = tiny_llama_config(tie_word_embeddings=False, num_hidden_layers=4)
     adam = named(memory(of(config, "onebit", options={"sequence_length": 64}), "never"))

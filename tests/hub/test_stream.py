@@ -94,7 +94,13 @@ def deep_dir(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "when"),
-    [("pbllm", "before"), ("pbllm", "between"), ("pbllm", "after"), ("absmean", "between"), ("pb-gptq", "after")],
+    [
+        pytest.param("pbllm", "before", marks=pytest.mark.slow),
+        ("pbllm", "between"),
+        pytest.param("pbllm", "after", marks=pytest.mark.slow),
+        ("absmean", "between"),
+        ("pb-gptq", "after"),
+    ],
 )
 def test_stopped_at_any_write_it_goes_on_to_the_same_bytes(method, when, deep_dir, calibration, tmp_path, monkeypatch):
     chosen = None if method == "absmean" else calibration

@@ -177,6 +177,7 @@ def test_chunks_give_the_loss_and_gradient_of_the_top(count, cap, chunk):
         assert (one - other).abs().max() <= 2e-6 * other.abs().max() + 1e-7
 
 
+@pytest.mark.slow
 def test_the_top_compiled_is_the_top():
     student, head = torch.randn(6, 8, requires_grad=True), Head(torch.randn(12, 8))
     top, found = top_of(torch.randn(6, 12), 4), []
