@@ -1,5 +1,9 @@
 """The CUDA kernels: sizes beyond a tile, every number of tokens, graphs, several devices, the cache of compiled code."""
 
+import itertools
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tests.laws import cases, laws
@@ -7,6 +11,7 @@ from tests.laws import cases, laws
 from signbit.errors import OptionError, SignbitError
 from signbit.linear import PackedLinear
 from signbit.ops import BACKENDS, cuda, explain, layout, nvrtc, reference
+from signbit.ops.prepared import Prepared
 from signbit.weight import BinaryWeight, Salient
 
 gpu = pytest.mark.gpu
@@ -81,6 +86,75 @@ def test_an_old_device_is_left_to_the_reference(monkeypatch):
     assert name is None and reason.startswith("compute capability 7.5 is below 8.0")
 
 
+#: Shared memory that a block may have on compute capability 8.6 and 8.9: the least that there is from 8.0 on.
+LEAST_SHARED = 99 * 1024
+
+
+def on_paper(monkeypatch, n, k, groups, *, planes=1, shared_bytes=LEAST_SHARED, **terms):
+    """A Multiplication that plans launches for a device that is not here; its tensors hold nothing."""
+    monkeypatch.setattr(cuda, "_limits", lambda index: (72, shared_bytes))
+    nothing = torch.empty(0)
+    shape = [n, k, groups, planes, planes, 1, 0, 8, 0, 0]
+    return cuda.Multiplication(Prepared(nothing, nothing, *(terms.get(name) for name in Prepared._fields[2:-1]), shape))
+
+
+@pytest.mark.parametrize("terms", [(), ("shift",), ("shift", "in_scale", "in_shift", "salient_codes")], ids=str)
+@pytest.mark.parametrize(("k", "width"), [(64, 64), (4096, 32), (11008, 32), (28672, 28672), (131072, 32)])
+@pytest.mark.parametrize("planes", [1, 4])
+def test_every_slice_fits_the_least_shared_memory(terms, k, width, planes, monkeypatch):
+    for n in (16, 4096, 22016):
+        w = on_paper(monkeypatch, n, k, k // width, planes=planes, **dict.fromkeys(terms, torch.empty(0)))
+        for mode in ("exact", "int8"):
+            for tokens in range(1, w._at_once(torch.bfloat16, mode) + 1):
+                grid, chunk, simple, needed = w._division(w._mode(torch.bfloat16, mode, tokens), tokens)
+                assert 1 <= grid <= -(-n // 16) and chunk % 256 == 0 and needed <= LEAST_SHARED
+                assert not simple or (chunk >= k and planes == 1 and "shift" not in terms)
+
+
+def test_slices_are_of_fewer_tokens_where_the_sums_of_their_groups_do_not_fit(monkeypatch):
+    shift = torch.empty(0)
+    assert on_paper(monkeypatch, 2048, 4096, 128, shift=shift)._at_once(torch.bfloat16, "exact") == 16
+    assert on_paper(monkeypatch, 2048, 11008, 344, shift=shift)._at_once(torch.bfloat16, "exact") == 8
+    assert on_paper(monkeypatch, 2048, 11008, 344)._at_once(torch.bfloat16, "exact") == 16
+    wide = on_paper(monkeypatch, 2048, 11008, 344, shift=shift, shared_bytes=227 * 1024)
+    assert wide._at_once(torch.bfloat16, "exact") == 16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a small one")
+    with pytest.raises(
+        SignbitError, match=r"2048 × 11008 in 344 groups does not fit the shared memory of a small one; SIG"
+    ):
+        on_paper(monkeypatch, 2048, 11008, 344, shift=shift, shared_bytes=32 * 1024)._at_once(torch.bfloat16, "exact")
+
+
+@pytest.fixture
+def some_nvrtc(monkeypatch, tmp_path):
+    """NVRTC of any CUDA that is installed, also beside a torch without CUDA: it compiles where there is no GPU."""
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path))
+    found = [path for folder in sys.path for path in Path(folder).glob("nvidia/*/lib/libnvrtc.so.1[2-9]")]
+    if torch.version.cuda is None and found:
+        monkeypatch.setattr(torch.version, "cuda", found[0].suffix[1:])
+    nvrtc._nvrtc.cache_clear()
+    yield nvrtc.unavailable()
+    nvrtc._nvrtc.cache_clear()
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_the_oldest_device(some_nvrtc):
+    if some_nvrtc is not None:
+        pytest.skip(some_nvrtc)
+    variants = [("dense", {}), *(("head", {"HEAD": mode, "ONE": one}) for mode, one in ((0, 1), (1, 0), (1, 1)))]
+    for mode, plain in itertools.product(range(4), (True, False)):
+        one = plain or mode == 0
+        macros = {
+            "MODE": mode, "COLUMNS": 1 if one else 2, "ONE": one, "X_TYPE": 2 if mode == 2 else 1, "VECTORS": plain,
+            "SCALES": 2, "SHARED_SCALES": plain, "GROUPED": mode > 0 and not plain, "SIMPLE": plain,
+            **dict.fromkeys(("SHIFT", "IN_SCALE", "IN_SHIFT", "SALIENT"), not plain), "STAGES": cuda._stages(mode),
+        }  # fmt: skip
+        variants.append(("linear", macros))
+    for name, macros in variants:
+        given = [f"{macro}={int(value)}" for macro, value in macros.items()]
+        assert nvrtc.compiled(cuda._SOURCES / f"{name}.cu", given, "sm_80")
+
+
 def kernels():
     return BACKENDS["cuda"]
 
@@ -131,6 +205,17 @@ def test_what_does_not_fit_at_once(kind, n, k, monkeypatch):
     monkeypatch.setattr(cuda, "_limits", lambda index: (72, 99 * 1024))
     w = on_gpu(cases.make(kind, n, k, torch.float16, 1))
     for tokens in (1, 4, 16):
+        laws.law_int8(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
+        laws.law_random(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
+
+
+@gpu
+@needs_gpu
+def test_tokens_whose_group_sums_do_not_fit_at_once(monkeypatch):
+    monkeypatch.setattr(cuda, "_limits", lambda index: (72, LEAST_SHARED))
+    w = on_gpu(cases.make("shift", 2048, 11008, groups=344))
+    assert cuda.Multiplication(cuda.prepare(w.operands()))._at_once(torch.bfloat16, "exact") < cuda.MOST_TOKENS
+    for tokens in (1, 9, 16, 21):
         laws.law_int8(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
         laws.law_random(kernels(), w, torch.bfloat16, "cuda", tokens=tokens)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from signbit import bits
 from signbit.bits import Operands
-from signbit.errors import OptionError, ShapeError
+from signbit.errors import OptionError, ShapeError, SignbitError
 from signbit.ops import layout, nvrtc, prepared, reference
 from signbit.ops.native import FLOATS
 from signbit.ops.prepared import Prepared
@@ -139,6 +139,7 @@ class Multiplication:
         terms = {"SHIFT": w.shift, "IN_SCALE": w.in_scale, "IN_SHIFT": w.in_shift, "SALIENT": w.salient_codes}
         self._terms = {name: term is not None for name, term in terms.items()}
         self._device = w.signs.device
+        self._most: dict[tuple[torch.dtype, str], int] = {}
         self._launches: dict[tuple[torch.dtype, str, int, bool], tuple[nvrtc.Kernel, int, int, int]] = {}
         self._point()
 
@@ -195,8 +196,9 @@ class Multiplication:
             flat = flat.contiguous()
             y = flat.new_empty((tokens, self._rows))
             stream = torch.cuda.current_stream().cuda_stream
-            for first in range(0, tokens, MOST_TOKENS):
-                self._some(flat[first : first + MOST_TOKENS], y[first : first + MOST_TOKENS], activations, stream)
+            at_once = self._at_once(x.dtype, activations)
+            for first in range(0, tokens, at_once):
+                self._some(flat[first : first + at_once], y[first : first + at_once], activations, stream)
             return y.reshape(*shape[:-1], self._rows)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -214,36 +216,64 @@ class Multiplication:
         arguments.x, arguments.y, arguments.tokens, arguments.chunk = x.data_ptr(), y.data_ptr(), tokens, chunk
         kernel.launch(grid, _THREADS, shared_bytes, stream, arguments)
 
-    def _plan(
-        self, dtype: torch.dtype, activations: str, tokens: int, vectors: bool
-    ) -> tuple[nvrtc.Kernel, int, int, int]:
-        grouped = self._groups > 1
-        one_bit = tokens == 1 and not grouped and self._columns <= 32768
-        mode = (0 if one_bit else 1) if activations == "int8" else 2 if dtype is torch.float16 else 3
-        stages = 8 if mode == 0 else 4
+    def _at_once(self, dtype: torch.dtype, activations: str) -> int:
+        """So many tokens take one launch: fewer than MOST_TOKENS where the sums of their groups do not fit shared memory."""
+        if (known := self._most.get((dtype, activations))) is not None:
+            return known
+        tokens = MOST_TOKENS
+        while self._division(self._mode(dtype, activations, tokens), tokens) is None:
+            if tokens == 1:
+                raise SignbitError(
+                    f"one token times {self._rows} × {self._columns} in {self._groups} groups does not fit the shared memory "
+                    f"of {torch.cuda.get_device_name(self._device)}; {VARIABLE}=reference multiplies by plain torch"
+                )
+            tokens //= 2
+        self._most[dtype, activations] = tokens
+        return tokens
+
+    def _mode(self, dtype: torch.dtype, activations: str, tokens: int) -> int:
+        """MODE of linear.cu."""
+        if activations == "int8":
+            return 0 if tokens == 1 and self._groups == 1 and self._columns <= 32768 else 1
+        return 2 if dtype is torch.float16 else 3
+
+    def _division(self, mode: int, tokens: int) -> tuple[int, int, bool, int] | None:
+        """Blocks, prepared columns, whether the product is SIMPLE, and the bytes of shared memory; None if nothing fits.
+
+        One wave of blocks if their rows' results fit. All columns at once if they fit beside these, else as large a part as
+        fits.
+        """
         row_tiles, column_tiles = -(-self._rows // layout.BLOCK_ROWS), -(-self._columns // _TILE)
         processors, most = _limits(self._device.index)
         plain = self._planes == 1 and not any(self._terms[name] for name in _NOT_SIMPLE)
-        # One wave of blocks if their rows' results fit. All columns at once if they fit beside these, else as large a part
-        # as fits.
         for waves, parts in itertools.product(range(1, -(-row_tiles // processors) + 1), range(1, column_tiles + 1)):
             grid, chunk = min(row_tiles, processors * waves), -(-column_tiles // parts) * _TILE
             simple = parts == 1 and plain
-            shared_bytes = self._shared_bytes(mode, tokens, stages, chunk, -(-row_tiles // grid), simple)
-            if shared_bytes <= most:
-                break
+            needed = self._shared_bytes(mode, tokens, chunk, -(-row_tiles // grid), simple)
+            if needed <= most:
+                return grid, chunk, simple, needed
+        return None
+
+    def _plan(
+        self, dtype: torch.dtype, activations: str, tokens: int, vectors: bool
+    ) -> tuple[nvrtc.Kernel, int, int, int]:
+        mode = self._mode(dtype, activations, tokens)
+        division = self._division(mode, tokens)
+        assert division is not None, "_at_once says how many tokens fit"
+        grid, chunk, simple, shared_bytes = division
+        row_tiles = -(-self._rows // layout.BLOCK_ROWS)
         flags = {
             "MODE": mode, "COLUMNS": 2 if tokens > 8 else 1, "ONE": tokens == 1, "X_TYPE": FLOATS[dtype],
             "VECTORS": vectors, "SCALES": FLOATS[self.w.scale.dtype],
-            "SHARED_SCALES": self._scale_bytes(-(-row_tiles // grid)) > 0, "GROUPED": grouped, **self._terms,
-            "SIMPLE": simple, "STAGES": stages,
+            "SHARED_SCALES": self._scale_bytes(-(-row_tiles // grid)) > 0,
+            "GROUPED": self._groups > 1, **self._terms, "SIMPLE": simple, "STAGES": _stages(mode),
         }  # fmt: skip
         macros = tuple(f"{name}={int(value)}" for name, value in flags.items())
         plan = (_kernel(self._device.index, "linear", "linear", macros, True), grid, shared_bytes, chunk)
         self._launches[dtype, activations, tokens, vectors] = plan
         return plan
 
-    def _shared_bytes(self, mode: int, tokens: int, stages: int, chunk: int, tiles: int, simple: bool) -> int:
+    def _shared_bytes(self, mode: int, tokens: int, chunk: int, tiles: int, simple: bool) -> int:
         """What `linear` takes of shared memory, in the order in which it takes it."""
         wide = 1 if tokens == 1 else 16 if tokens > 8 else 8
         slots = 1
@@ -254,7 +284,7 @@ class Multiplication:
         activations = _WARPS * own if mode == 0 else tokens * (chunk + 32 if mode == 1 else chunk * 2 + 64)
         results, salient, shift = tiles * 16 * wide * 4, self._terms["SALIENT"], self._terms["SHIFT"]
         pieces = (
-            _WARPS * stages * 512, activations, _WARPS * _TILE if mode == 0 else 0,
+            _WARPS * _stages(mode) * 512, activations, _WARPS * _TILE if mode == 0 else 0,
             chunk if mode == 0 and (shift or salient) else 0,
             turns * _WARPS * 16 * wide * 4, 0 if simple else results, 0 if simple and not salient else results,
             self._scale_bytes(tiles), tokens * self._groups * 4 if shift else 0, 64, 64, 3 * _WARPS * 4,
@@ -384,6 +414,11 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Te
             blocks = min(processors * (4 if at_once == 1 else 2), -(-rows // 8))
             kernel.launch(blocks, 256, shared_bytes, stream, arguments)
     return y
+
+
+def _stages(mode: int) -> int:
+    """Tiles that a warp fetches ahead, STAGES of linear.cu."""
+    return 8 if mode == 0 else 4
 
 
 @functools.cache
