@@ -109,7 +109,8 @@ def unsupported(w: Operands) -> str | None:
 
 
 def prepare(w: Operands) -> Prepared:
-    """`w` in the kernels' order; the caller has asked `unsupported`."""
+    """`w` in the kernels' order; the caller has asked `unsupported`. Raises SignbitError inside the capture of a graph."""
+    nvrtc.refuse_capture("a matrix is brought into the kernels' order")
     signs, rows, columns = w.signs, w.signs.shape[1], w.in_features
     packets = None
     if w.salient_positions is not None and w.salient_codes is not None:
@@ -139,6 +140,7 @@ class Multiplication:
         terms = {"SHIFT": w.shift, "IN_SCALE": w.in_scale, "IN_SHIFT": w.in_shift, "SALIENT": w.salient_codes}
         self._terms = {name: term is not None for name, term in terms.items()}
         self._device = w.signs.device
+        self._tensors = [tensor for tensor in (*w[:-1], bias) if tensor is not None]
         self._most: dict[tuple[torch.dtype, str], int] = {}
         self._launches: dict[tuple[torch.dtype, str, int, bool], tuple[nvrtc.Kernel, int, int, int]] = {}
         self._point()
@@ -162,12 +164,7 @@ class Multiplication:
 
     def _where(self) -> tuple[object, ...]:
         # A tensor that stays the same object may still get another storage, by .data for one.
-        bias = self.bias
-        return (
-            self.w.signs.data_ptr(),
-            self.w.scale.data_ptr(),
-            *(() if bias is None else (bias.data_ptr(), bias.dtype)),
-        )
+        return (*(tensor.data_ptr() for tensor in self._tensors), None if self.bias is None else self.bias.dtype)
 
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the matrix's device; the result has its dtype, [..., N].
@@ -303,21 +300,21 @@ class Multiplication:
         Integers where the scales come after them; else halves, which hold 8 bits and ±scale as it is stored.
         """
         others = any(there for name, there in self._terms.items() if name != "IN_SCALE")
-        if self._planes > 1 or others or self._columns % 8:
+        if self._planes > 1 or others or self._columns % 8:  # halves, in rows of 16 bytes
             return None
         if self._groups == 1:
-            return torch.int8 if self._rows % 8 == 0 else None
+            return torch.int8 if _in_integers(self._rows, self._columns) else None
         return self.w.scale.dtype if self.w.scale.dtype is not torch.float32 and _FLOAT_SUMS else None
 
     def _dense_product(self, x: Tensor, code_type: torch.dtype) -> Tensor:
         """int8: x [T, K] as codes of `code_type` times the dense matrix, integer or float32 sums, then the scales."""
         integers = code_type is torch.int8
         scaled = x if self.w.in_scale is None else x.float() * self.w.in_scale[0].float()
-        codes, step = self._quantized(scaled, code_type)
+        codes, step = _quantized(scaled, code_type)
         matrix = torch.empty(self._rows, self._columns, dtype=code_type, device=self._device)
         self._unpack(matrix, _SIGNS if integers else FLOATS[code_type], signs=True)
         sums = torch._int_mm(codes, matrix.T) if integers else torch.mm(codes, matrix.T, out_dtype=torch.float32)
-        return self._finished(sums, step, x.dtype)
+        return _finished(sums, step, self.w.scale if integers else None, self.bias, x.dtype)
 
     def _splits(self) -> bool:
         return _FLOAT_SUMS and not (self._terms["IN_SCALE"] or self._terms["IN_SHIFT"])
@@ -327,7 +324,7 @@ class Multiplication:
 
         22 bits of each weight: the float32 of scales, shifts and salient values, which one half would round.
         """
-        codes, step = self._quantized(x, torch.float16)
+        codes, step = _quantized(x, torch.float16)
         matrix = self.dense(torch.float32)
         exponent = torch.frexp(matrix.abs().amax(1, keepdim=True))[1]
         matrix = torch.ldexp(matrix, -exponent)
@@ -335,35 +332,7 @@ class Multiplication:
         low = (matrix - high).mul_(4096).half()
         sums = torch.mm(codes, high.T, out_dtype=torch.float32)
         sums.add_(torch.mm(codes, low.T, out_dtype=torch.float32), alpha=1 / 4096)
-        return self._finished(torch.ldexp(sums, exponent.T), step, x.dtype)
-
-    def _quantized(self, x: Tensor, code_type: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The codes of x [T, K] as `code_type`, and the step of each token, float32 [T]."""
-        tokens = x.shape[0]
-        codes, step = torch.empty_like(x, dtype=code_type), x.new_empty(tokens, dtype=torch.float32)
-        type_of_codes = _SIGNS if code_type is torch.int8 else FLOATS[code_type]
-        self._helper("quantize").launch(
-            tokens, 256, 0, torch.cuda.current_stream().cuda_stream,
-            _TokenArguments(x.data_ptr(), codes.data_ptr(), step.data_ptr(), self._columns, FLOATS[x.dtype], type_of_codes),
-        )  # fmt: skip
-        return codes, step
-
-    def _finished(self, sums: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-        """What sums [T, N] are worth: integers get the scales of rows, float32 has them; steps and bias. `dtype` [T, N]."""
-        tokens, bias, row_blocks = sums.shape[0], self.bias, -(-self._rows // 1024)
-        y = torch.empty_like(sums, dtype=dtype)
-        self._helper("finish").launch(
-            tokens * row_blocks, 256, 0, torch.cuda.current_stream().cuda_stream,
-            _SumArguments(
-                sums.data_ptr(), step.data_ptr(), None if sums.is_floating_point() else self.w.scale.data_ptr(),
-                None if bias is None else bias.data_ptr(), y.data_ptr(), self._rows, row_blocks, self.w.shape[5],
-                FLOATS[self.w.scale.dtype], 0 if bias is None else FLOATS[bias.dtype], FLOATS[dtype],
-            ),
-        )  # fmt: skip
-        return y
-
-    def _helper(self, name: str) -> nvrtc.Kernel:
-        return _kernel(self._device.index, "dense", name, (), False)
+        return _finished(torch.ldexp(sums, exponent.T), step, None, self.bias, x.dtype)
 
     def _unpack(self, out: Tensor, out_type: int, signs: bool = False) -> None:
         """`bits.dense` into `out`; `signs`: of one plane, ±scale or ±1 without any other term."""
@@ -372,9 +341,11 @@ class Multiplication:
         stream = torch.cuda.current_stream().cuda_stream
         tiles = -(-self._rows // layout.BLOCK_ROWS) * -(-self._columns // _TILE)
         plain = self._planes == 1 and not any(self._terms.values()) and self._columns % 8 == 0
-        self._helper("unpack_signs" if signs or plain else "unpack").launch(-(-tiles // 8), 256, 0, stream, arguments)
+        _helper(self._device, "unpack_signs" if signs or plain else "unpack").launch(
+            -(-tiles // 8), 256, 0, stream, arguments
+        )
         if self._terms["SALIENT"]:
-            self._helper("put_salient").launch(-(-self._rows // 8), 256, 0, stream, arguments)
+            _helper(self._device, "put_salient").launch(-(-self._rows // 8), 256, 0, stream, arguments)
 
 
 def binary_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
@@ -388,17 +359,24 @@ def binary_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
 
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Tensor:
-    """As `signbit.ops.int8_linear`, on the kernels; many tokens and float64 are left to the reference."""
-    columns = codes.shape[1]
+    """As `signbit.ops.int8_linear`, on the kernels.
+
+    More than 16 tokens go by torch's product of integers in int8; those in exact and other sizes and types by the reference.
+    """
+    rows, columns = codes.shape
     tokens = x.numel() // columns if columns else 0
-    few = 0 < tokens <= MOST_TOKENS and columns % 16 == 0 and x.is_cuda
+    known = x.is_cuda and x.dtype in FLOATS and scale.dtype in FLOATS and activations in ("exact", "int8")
+    if known and activations == "int8" and tokens > MOST_TOKENS and _in_integers(rows, columns):
+        with torch.cuda.device(x.device):
+            q, step = _quantized(x.reshape(-1, columns).contiguous(), torch.int8)
+            y = _finished(torch._int_mm(q, codes.contiguous().T), step, scale.contiguous(), None, x.dtype)
+        return y.reshape(*x.shape[:-1], rows)
     at_once = tokens if activations == "int8" else 1
     shared_bytes = 256 + (columns * at_once if activations == "int8" else -(-columns // 512) * 2048)
-    few = few and shared_bytes <= _limits(x.device.index)[1]
-    if not few or x.dtype not in FLOATS or scale.dtype not in FLOATS or activations not in ("exact", "int8"):
+    few = known and 0 < tokens <= MOST_TOKENS and columns % 16 == 0
+    if not few or shared_bytes > _limits(x.device.index)[1]:
         return reference.int8_linear(x, codes, scale, activations)
     x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
-    rows = codes.shape[0]
     y = x.new_empty((*x.shape[:-1], rows))
     with torch.cuda.device(x.device):
         macros = (f"HEAD={int(activations == 'int8')}", f"ONE={int(at_once == 1)}")
@@ -414,6 +392,11 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str) -> Te
             blocks = min(processors * (4 if at_once == 1 else 2), -(-rows // 8))
             kernel.launch(blocks, 256, shared_bytes, stream, arguments)
     return y
+
+
+def _in_integers(rows: int, columns: int) -> bool:
+    """Whether torch._int_mm takes a matrix of this size, more than 16 tokens of int8, and its sums of them fit 32 bits."""
+    return rows % 8 == 0 and columns % 8 == 0 and columns <= MAX_COLUMNS
 
 
 def _stages(mode: int) -> int:
@@ -450,6 +433,38 @@ def check(index: int) -> str | None:
                 if not bool(((got - want).abs() <= 0.01 * want.abs().max()).all()):
                     return f"{what}, {activations}, {tokens} tokens: off by {(got - want).abs().max():.3g}"
     return None
+
+
+def _quantized(x: Tensor, code_type: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The codes of x [T, K] as `code_type`, and the step of each token, float32 [T]."""
+    tokens, columns = x.shape
+    codes, step = torch.empty_like(x, dtype=code_type), x.new_empty(tokens, dtype=torch.float32)
+    type_of_codes = _SIGNS if code_type is torch.int8 else FLOATS[code_type]
+    _helper(x.device, "quantize").launch(
+        tokens, 256, 0, torch.cuda.current_stream().cuda_stream,
+        _TokenArguments(x.data_ptr(), codes.data_ptr(), step.data_ptr(), columns, FLOATS[x.dtype], type_of_codes),
+    )  # fmt: skip
+    return codes, step
+
+
+def _finished(sums: Tensor, step: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What sums [T, N] are worth: integers get the scales of rows (or of all), float32 has them; steps and bias. [T, N]."""
+    (tokens, rows), row_blocks = sums.shape, -(-sums.shape[1] // 1024)
+    y = torch.empty_like(sums, dtype=dtype)
+    _helper(sums.device, "finish").launch(
+        tokens * row_blocks, 256, 0, torch.cuda.current_stream().cuda_stream,
+        _SumArguments(
+            sums.data_ptr(), step.data_ptr(), None if scale is None else scale.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), rows, row_blocks,
+            int(scale is not None and scale.numel() > 1), 0 if scale is None else FLOATS[scale.dtype],
+            0 if bias is None else FLOATS[bias.dtype], FLOATS[dtype],
+        ),
+    )  # fmt: skip
+    return y
+
+
+def _helper(device: torch.device, name: str) -> nvrtc.Kernel:
+    return _kernel(device.index, "dense", name, (), False)
 
 
 @functools.cache
