@@ -7,9 +7,11 @@ import functools
 import itertools
 import math
 import os
+import sys
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,15 @@ VARIABLE = "SIGNBIT_CUDA"
 CAPABILITY = (8, 0)
 #: So many tokens take one launch; more are cut, or multiplied by a dense matrix that is made for the call.
 MOST_TOKENS = 16
-#: From so many tokens on, a matrix unpacked for the call and torch's own product are faster than slices of 16.
-DENSE_FROM = 33
-#: The same in int8 of a matrix with terms that halves do not hold: it is unpacked as float32 and multiplied in two parts.
-SPLIT_FROM = 320
+#: As `Multiplication.dense_from`: there is no dense matrix for it.
+NEVER = sys.maxsize
+
+# What the two ways of many tokens cost: milliseconds for the 6.48 G weights of LLaMA-7B's linears on an H100
+# (docs/speed.md; benchmarks.kernels_cuda --crossover measures them). Only their ratios count.
+_SLICE_PLANE, _SLICE_GROUPED = 0.12, 1.35  # a token for each plane; so much more with several scales a row
+_SLICE_PACKETS = 32.0  # a token, if there were a packet of salient values for each weight
+_DENSE, _DENSE_TERMS, _DENSE_TOKEN = 10.4, 51.0, 0.005  # of signs and scales, of all else (10 % salient); a token
+_SPLIT, _SPLIT_TOKEN = 184.0, 0.045  # in two halves (10 % salient, by torch's passes, before `unpack_halves`); a token
 
 _SOURCES = Path(__file__).with_name("kernels")
 _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
@@ -55,6 +62,12 @@ class _Arguments(ctypes.Structure):
         *((name, c_int) for name in ("scale_rows", "float_type", "tokens", "x_type", "bias_type", "chunk")),
         ("in_unit", c_float),
     )  # fmt: skip
+
+
+class _HalvesArguments(ctypes.Structure):
+    """struct HalvesArguments of dense.cu."""
+
+    _fields_ = (("w", _Arguments), ("low", c_void_p), ("unit", c_void_p))
 
 
 class _TokenArguments(ctypes.Structure):
@@ -144,6 +157,7 @@ class Multiplication:
         self._most: dict[tuple[torch.dtype, str], int] = {}
         self._launches: dict[tuple[torch.dtype, str, int, bool], tuple[nvrtc.Kernel, int, int, int]] = {}
         self._point()
+        self._dense_from = {mode: self.dense_from(mode) for mode in ("exact", "int8")}
 
     def _point(self) -> None:
         """Tells the kernels where the tensors lie."""
@@ -166,10 +180,26 @@ class Multiplication:
         # A tensor that stays the same object may still get another storage, by .data for one.
         return (*(tensor.data_ptr() for tensor in self._tensors), None if self.bias is None else self.bias.dtype)
 
-    def __call__(self, x: Tensor, activations: str) -> Tensor:
+    def dense_from(self, activations: str) -> int:
+        """From so many tokens on a dense matrix, made for the call, is faster than slices of 16; NEVER if there is none."""
+        packets = 0 if self.w.salient_codes is None else len(self.w.salient_codes) / (self._rows * self._columns)
+        a_token = self._planes * _SLICE_PLANE * (_SLICE_GROUPED if self._groups > 1 else 1) + packets * _SLICE_PACKETS
+        plain = self._planes == 1 and not any(self._terms.values())
+        made, a_dense_token = _DENSE if plain else _DENSE_TERMS, _DENSE_TOKEN
+        if activations == "int8":
+            if self._code_type() is not None:
+                made = _DENSE  # input scales are in the codes
+            elif self._splits():
+                made, a_dense_token = _SPLIT, _SPLIT_TOKEN
+            else:
+                return NEVER
+        return max(MOST_TOKENS + 1, math.ceil(made / (a_token - a_dense_token)))
+
+    def __call__(self, x: Tensor, activations: str, way: Literal["slices", "dense"] | None = None) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the matrix's device; the result has its dtype, [..., N].
 
-        Raises ShapeError if x does not end in K columns.
+        `way`: how more than 16 tokens go, instead of by `dense_from`; slices where there is no dense matrix, and in exact
+        never of float32. Raises ShapeError if x does not end in K columns.
         """
         shape = x.shape
         if not shape or shape[-1] != self._columns:
@@ -183,14 +213,16 @@ class Multiplication:
             tokens = flat.shape[0]
             if tokens == 0:
                 return x.new_empty((*shape[:-1], self._rows))
-            if activations == "exact" and (x.dtype is torch.float32 or tokens >= DENSE_FROM):
+            turn = self._dense_from[activations]
+            dense = tokens > MOST_TOKENS and (tokens >= turn if way is None else way == "dense" and turn < NEVER)
+            if activations == "exact" and (dense or x.dtype is torch.float32):
                 bias = None if self.bias is None else self.bias.to(x.dtype)
                 return F.linear(x, self.dense(x.dtype), bias)
-            if activations == "int8" and tokens >= DENSE_FROM and (codes := self._code_type()) is not None:
-                return self._dense_product(flat.contiguous(), codes).reshape(*shape[:-1], self._rows)
-            if activations == "int8" and tokens >= SPLIT_FROM and self._splits():
-                return self._split_product(flat.contiguous()).reshape(*shape[:-1], self._rows)
             flat = flat.contiguous()
+            if dense:
+                codes = self._code_type()
+                y = self._split_product(flat) if codes is None else self._dense_product(flat, codes)
+                return y.reshape(*shape[:-1], self._rows)
             y = flat.new_empty((tokens, self._rows))
             stream = torch.cuda.current_stream().cuda_stream
             at_once = self._at_once(x.dtype, activations)
@@ -322,30 +354,43 @@ class Multiplication:
     def _split_product(self, x: Tensor) -> Tensor:
         """int8: codes of x [T, K] times W as the sum of two float16 matrices, W·2⁻ᵉ = high + low·2⁻¹², e of a row.
 
-        22 bits of each weight: the float32 of scales, shifts and salient values, which one half would round.
+        22 bits of a weight, which one half would round, and below 2⁻¹⁴ of what the row's largest can be 2⁻³⁷ of that.
         """
         codes, step = _quantized(x, torch.float16)
-        matrix = self.dense(torch.float32)
-        exponent = torch.frexp(matrix.abs().amax(1, keepdim=True))[1]
-        matrix = torch.ldexp(matrix, -exponent)
-        high = matrix.half()
-        low = (matrix - high).mul_(4096).half()
+        exponent = torch.frexp(self._bounds())[1].clamp_(-120, 120)
+        high, low = (codes.new_empty(self._rows, self._columns) for _ in range(2))
+        unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent)
+        arguments = _HalvesArguments(_Arguments.from_buffer_copy(self._arguments), low.data_ptr(), unit.data_ptr())
+        arguments.w.y = high.data_ptr()
+        self._launch_unpack("unpack_halves", "put_salient_halves", arguments)
         sums = torch.mm(codes, high.T, out_dtype=torch.float32)
         sums.add_(torch.mm(codes, low.T, out_dtype=torch.float32), alpha=1 / 4096)
-        return _finished(torch.ldexp(sums, exponent.T), step, None, self.bias, x.dtype)
+        return _finished(torch.ldexp(sums, exponent), step, None, self.bias, x.dtype)
+
+    def _bounds(self) -> Tensor:
+        """What no weight of a row exceeds, float32 [N], without input scales and shifts."""
+        w, rows = self.w, self._rows
+        # Of a row [P, tile, G, 16], or of all [P, 1, G]: see layout.lay_rows.
+        of_rows = w.scale.ndim == 4
+        bound = w.scale.float().abs().amax(2).sum(0).view(-1)
+        bound = bound[:rows] if of_rows else bound.expand(rows)
+        if w.shift is not None:
+            bound = bound + w.shift.float().abs().amax(1).view(-1)[:rows]
+        return bound if w.salient_scale is None else bound.maximum(w.salient_scale.float().abs() * 255)
 
     def _unpack(self, out: Tensor, out_type: int, signs: bool = False) -> None:
         """`bits.dense` into `out`; `signs`: of one plane, ±scale or ±1 without any other term."""
         arguments = _Arguments.from_buffer_copy(self._arguments)
         arguments.y, arguments.x_type = out.data_ptr(), out_type
+        plain = self._planes == 1 and not any(self._terms.values()) and self._columns % 8 == 0
+        self._launch_unpack("unpack_signs" if signs or plain else "unpack", "put_salient", arguments)
+
+    def _launch_unpack(self, weights: str, salient: str, arguments: ctypes.Structure) -> None:
         stream = torch.cuda.current_stream().cuda_stream
         tiles = -(-self._rows // layout.BLOCK_ROWS) * -(-self._columns // _TILE)
-        plain = self._planes == 1 and not any(self._terms.values()) and self._columns % 8 == 0
-        _helper(self._device, "unpack_signs" if signs or plain else "unpack").launch(
-            -(-tiles // 8), 256, 0, stream, arguments
-        )
+        _helper(self._device, weights).launch(-(-tiles // 8), 256, 0, stream, arguments)
         if self._terms["SALIENT"]:
-            _helper(self._device, "put_salient").launch(-(-self._rows // 8), 256, 0, stream, arguments)
+            _helper(self._device, salient).launch(-(-self._rows // 8), 256, 0, stream, arguments)
 
 
 def binary_linear(x: Tensor, w: Operands, activations: str) -> Tensor:
