@@ -21,7 +21,9 @@ PARTS = {
     "other laws, faults": (["tests/laws", "tests/faults"], "not random and not int8_activations"),
     "calibration and models": (["tests/hub", "tests/methods", "tests/models", "tests/ptq", "tests/train"], ""),
 }
-KERNELS = ("linear", "head", "quantize", "finish", "unpack", "unpack_signs", "put_salient")
+KERNELS = (
+    "linear", "head", "quantize", "finish", "unpack", "unpack_signs", "put_salient", "unpack_halves", "put_salient_halves",
+)  # fmt: skip
 #: What each of them is run by under a sanitizer: one and several tokens of all terms, dense products, odd sizes, heads.
 SANITIZED = [
     *(
@@ -29,6 +31,7 @@ SANITIZED = [
         for kind in ("row", "group", "all", "salient_offsets", "shared_signs", "in_shift")
         for tokens in (1, 7, 16, 33)
     ),
+    "tests/ops/test_cuda.py::test_many_tokens",
     "tests/ops/test_cuda.py::test_sizes[row-300-11008]",
     "tests/ops/test_cuda.py::test_sizes[salient_bitmap-129-999]",
     "tests/ops/test_cuda.py::test_sizes[all-129-999]",
@@ -69,10 +72,11 @@ def launches() -> int:
                 x = torch.randn(tokens, k, dtype=dtype)
                 for mode in ("exact", "int8") if tokens <= cuda.MOST_TOKENS else ("int8",):
                     want = reference.binary_linear(x.float(), stored.operands(), mode)
-                    compare(f"{kind} {n} × {k}, {tokens} tokens, {dtype}, {mode}", matrix(x.cuda(), mode), want)
-    codes, scale = torch.randint(-127, 128, (500, 512), dtype=torch.int8), torch.rand(500)
-    for tokens in (1, 5):
-        for mode in ("exact", "int8"):
+                    got = matrix(x.cuda(), mode, "dense")
+                    compare(f"{kind} {n} × {k}, {tokens} tokens, {dtype}, {mode}", got, want)
+    codes, scale = torch.randint(-127, 128, (504, 512), dtype=torch.int8), torch.rand(504)
+    for tokens in (1, 5, 20):
+        for mode in ("exact", "int8") if tokens <= cuda.MOST_TOKENS else ("int8",):
             x = torch.randn(tokens, 512, dtype=torch.bfloat16)
             got = cuda.int8_linear(x.cuda(), codes.cuda(), scale.cuda(), mode)
             compare(f"head, {tokens} tokens, {mode}", got, reference.int8_linear(x.float(), codes, scale, mode))
