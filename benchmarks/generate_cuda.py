@@ -6,7 +6,7 @@ Two ways of decoding with transformers' static cache, the same for both models. 
 torch.compile and captured with its argmax in a CUDA graph that is replayed, which is what the GPU can do. "generate":
 `model.generate(..., cache_implementation="static")`, whose own Python costs milliseconds a token. Each figure is the
 median of several answers. Nothing is timed unless every layer is multiplied by the kernels and those of the first block
-give what plain torch gives on the same bits.
+give what plain torch gives on the same bits, nor the graph unless it chooses what the eager model does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,26 @@ SHAPES = {
 }
 PROMPT = 16
 PROFILED = 20
+COMPARED, NEARLY = 16, 0.25  # steps; standard deviations of the logits, of which a wrong step's token is several off
+
+
+def compare(model: Any, cache: StaticCache, token: torch.Tensor, begin: Callable[[], None], graph: Any) -> None:
+    """Ends the run unless the captured step chooses the eager step's tokens, or such as are nearly as likely there.
+
+    Both get the eager tokens: a rounding that decides between two that are as likely would make two different texts.
+    """
+    begin()
+    eager = []
+    for _ in range(COMPARED):
+        logits = model(token, past_key_values=cache).logits[0, -1].float()
+        eager.append(logits.cpu())
+        token.copy_(logits.argmax())
+    begin()
+    for logits in eager:
+        graph.replay()
+        if not logits.max() - logits[int(token)] <= NEARLY * logits.std():
+            raise SystemExit("the captured step chooses other tokens than the eager one; nothing is timed")
+        token.copy_(logits.argmax())
 
 
 @torch.no_grad()
@@ -63,6 +84,7 @@ def graph_rate(model: Any, tokens: int, runs: int, profiled: bool) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         advance()
+    compare(model, cache, token, begin, graph)
     seconds = []
     for _ in range(runs + 1):
         begin()
@@ -114,15 +136,15 @@ def generate_rate(model: Any, tokens: int, runs: int, profiled: bool) -> float:
 WAYS = {"graph": graph_rate, "generate": generate_rate}
 
 
-def rates(model: Any, ways: list[str], tokens: int, runs: int, profiled: bool) -> dict[str, float]:
-    """Tokens per second by each way, and the most memory that was allocated meanwhile in GB."""
+def rates(model: Any, label: str, ways: list[str], tokens: int, runs: int, profiled: bool) -> dict[str, float]:
+    """Tokens per second by each way, and the most memory that was allocated meanwhile in GB; printed after `label`."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = {way: WAYS[way](model, tokens, runs, profiled) for way in ways}
     found["memory"] = torch.cuda.max_memory_allocated() / 1e9
-    print({name: round(value, 2) for name, value in found.items()}, flush=True)
+    print(label, {name: round(value, 2) for name, value in found.items()}, flush=True)
     return found
 
 
@@ -164,15 +186,16 @@ def main() -> None:
     torch._inductor.config.combo_kernels = not args.inductor_defaults
     model = random_llama(SHAPES[args.shape], "cuda")
     model.set_attn_implementation(args.attention)
-    theirs = rates(model, args.ways, args.tokens, args.runs, args.profile)
+    theirs = rates(model, "bfloat16", args.ways, args.tokens, args.runs, args.profile)
     # In place, layer by layer: what the dense layers held is free again.
     signbit.quantize_(model, signbit.SignbitConfig(method="absmean", group=args.group, head="int8"))
     rows = []
     for mode in args.modes:
         signbit.set_activations(model, mode)
         check(model)
-        form = f"{args.shape}, {'row scale' if args.group < 0 else f'group {args.group}'}"
-        for what, ours in rates(model, args.ways, args.tokens, args.runs, args.profile).items():
+        scale = "row scale" if args.group < 0 else f"group {args.group}"
+        form = f"{args.shape}, {scale}, {args.tokens} tokens after {PROMPT}"
+        for what, ours in rates(model, mode, args.ways, args.tokens, args.runs, args.profile).items():
             more, unit = (theirs[what] / ours, "GB") if what == "memory" else (ours / theirs[what], "tokens/s")
             rows.append(Row(f"{what} {mode}, {form}", ours, "torch bfloat16", theirs[what], more, unit))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,10 @@ from signbit.bits import unpack_signs
 from signbit.ops import cuda, reference
 from signbit.weight import BinaryWeight, Salient
 
+Way = Literal["slices", "dense"]
 WARM_S = 0.3
 FUSED = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
+CROSSED = (17, 33, 64, 96, 128, 256, 512, 1024)
 SINGLE = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]
 
 
@@ -75,12 +77,14 @@ def random_weight(rows: int, columns: int, group: int) -> BinaryWeight:
     return BinaryWeight(signs, scale, columns)
 
 
-def check(weight: BinaryWeight, multiply: cuda.Multiplication, tokens: int, dtype: torch.dtype) -> None:
+def check(
+    weight: BinaryWeight, multiply: cuda.Multiplication, tokens: int, dtype: torch.dtype, way: Way | None = None
+) -> None:
     """Ends the run unless the kernels give what the reference gives."""
     x = torch.randn(tokens, weight.in_features, device="cuda").to(dtype)
     for mode in ("exact", "int8"):
         want = reference.binary_linear(x.float(), weight.operands(), mode)
-        error = float((multiply(x, mode).float() - want).abs().max() / want.abs().max())
+        error = float((multiply(x, mode, way).float() - want).abs().max() / want.abs().max())
         if not error <= 2 * torch.finfo(dtype).eps:
             raise SystemExit(f"{mode}, {tokens} tokens: {error:.2g} off the reference; nothing is timed")
 
@@ -92,6 +96,47 @@ def salient_weight(rows: int, columns: int, group: int, share: float) -> BinaryW
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device="cuda")
     zero = torch.full((rows,), 128, device="cuda")
     return replace(w, salient=Salient.from_mask(mask, codes, w.scale[0, :, 0] / 64, zero, 8))
+
+
+def two_planes(rows: int, columns: int) -> BinaryWeight:
+    """Two planes with a shift, a scale a row."""
+    first, second = (random_weight(rows, columns, -1) for _ in range(2))
+    signs, scale = torch.cat([first.signs, second.signs]), torch.cat([first.scale, second.scale])
+    return BinaryWeight(signs, scale, columns, shift=second.scale[0] / 4)
+
+
+def crossovers(layers: int, runs: int, dtype: torch.dtype) -> list[Row]:
+    """Slices beside a dense matrix by number of tokens; prints where they cross and what the kernels take for it."""
+    forms: dict[str, Callable[[int, int], BinaryWeight]] = {
+        "row scale": functools.partial(random_weight, group=-1),
+        "group 128": functools.partial(random_weight, group=128),
+        "10% salient": functools.partial(salient_weight, group=-1, share=0.1),
+        "2 planes, shift": two_planes,
+    }
+    rows = []
+    for form, make in forms.items():
+        weights = [make(n, k) for _ in range(layers) for n, k in FUSED]
+        multiplies = [cuda.Multiplication(cuda.prepare(w.operands())) for w in weights]
+        ways: tuple[Way, Way] = ("dense", "slices")
+        for way in ways:
+            check(weights[0], multiplies[0], 64, dtype, way)
+        for mode in ("int8", "exact"):
+            before, cross = (0, 0.0), "nowhere in these"
+            for tokens in CROSSED:
+                inputs = [torch.randn(tokens, w.in_features, device="cuda", dtype=dtype) for w in weights]
+                dense, slices = (
+                    milliseconds(chain([lambda x, f=f, m=mode, w=w: f(x, m, w) for f in multiplies], inputs), runs)
+                    for w in ways
+                )
+                work = f"dense {mode}, {tokens} tokens, {form}, {len(FUSED)} × {layers} linears"
+                rows.append(lower_is_better(work, dense, "slices", slices, "ms"))
+                ahead = slices - dense
+                if ahead > 0 >= before[1]:
+                    share = ahead / (ahead - before[1])
+                    cross = f"at {tokens - share * (tokens - before[0]):.0f} tokens" if before[0] else "before these"
+                before = (tokens, ahead)
+            print(f"{mode}, {form}: they cross {cross}; taken for it: {multiplies[0].dense_from(mode)}", flush=True)
+    return rows
 
 
 def gemlite_multiply(w: BinaryWeight, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
@@ -121,11 +166,19 @@ def main() -> None:
     parser.add_argument("--single", action="store_true", help="also the seven linears of a block one by one")
     parser.add_argument("--salient", type=float, help="also with this share of values at 8 bits, beside none")
     parser.add_argument("--gemlite", action="store_true", help="also beside GemLite, if it is installed")
+    parser.add_argument(
+        "--crossover",
+        action="store_true",
+        help="instead: slices beside a dense matrix, by tokens, of each kind of term",
+    )
     parser.add_argument("--json")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     copied = bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copied / 1e9:.0f} GB/s")
+    if args.crossover:
+        show(crossovers(args.layers, args.runs, dtype), args.json)
+        return
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(args.layers) for n, k in SINGLE]
     theirs = {}
     for tokens in args.tokens:

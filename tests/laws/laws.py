@@ -167,11 +167,11 @@ def law_shapes(backend, w, dtype, device="cpu"):
     assert torch.equal(x, before), "the input was changed"
 
 
-def law_int8_linear(backend, dtype, device="cpu"):
+def law_int8_linear(backend, dtype, device="cpu", n=19, k=33, tokens=5):
     """The int8 head, both modes, against float64."""
-    codes = torch.randint(-127, 128, (19, 33), dtype=torch.int8, device=device)
-    scale = torch.rand(19, device=device) * 0.1
-    x = torch.randn(5, 33, device=device).to(dtype)
+    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+    scale = torch.rand(n, device=device) * 0.1
+    x = torch.randn(tokens, k, device=device).to(dtype)
     exact = x.double() @ (scale.double()[:, None] * codes.double()).T
     plain = F.linear(x, (scale[:, None] * codes).to(dtype)).double()
     got = backend.int8_linear(x, codes, scale, "exact").double()

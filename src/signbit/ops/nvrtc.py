@@ -165,10 +165,20 @@ class Kernel:
         _check(_driver().cuLaunchKernelEx(byref(config), self._function, pointer, None))
 
 
+def refuse_capture(what: str) -> None:
+    """Raises SignbitError if the current stream is being captured, which waiting for the device would break off."""
+    if torch.cuda.is_current_stream_capturing():
+        raise SignbitError(
+            f"{what} for the first time inside the capture of a CUDA graph; call the layer once before the capture, with as "
+            "many tokens and the same dtype and mode"
+        )
+
+
 class Module:
-    """Compiled code, loaded into the current device's context."""
+    """Compiled code, loaded into the current device's context. Raises SignbitError inside the capture of a graph."""
 
     def __init__(self, code: bytes) -> None:
+        refuse_capture("a kernel is loaded")
         torch.cuda.current_stream()  # the context is there from here on
         torch.cuda.synchronize()
         self.handle = c_void_p()

@@ -182,7 +182,8 @@ def binary_linear(x: Tensor, w: Operands, activations: str = "exact") -> Tensor:
     """y = x · Wᵀ for the binarized matrix W that `w` holds.
 
     `x` is floating [..., K]; the result has its dtype, [..., N]. `activations` is "exact" (floats; equals
-    `bits.dense` to rounding), "int8" (per-token abs-max codes, integer-exact against the reference) or "sign".
+    `bits.dense` to rounding), "int8" (per-token abs-max codes, the reference's; a GPU may sum their products with scales of
+    groups, shifts and salient values in float32, all else sums integers) or "sign".
     The gradient is that of the input alone, dx = dy · W, straight through any activation quantization.
     Raises ShapeError if x does not end in K columns.
     """

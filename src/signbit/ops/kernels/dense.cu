@@ -105,9 +105,9 @@ extern "C" __global__ void __launch_bounds__(256) finish(const SumArguments a) {
   }
 }
 
-// W as a dense matrix in a.y, of type x_type [N][K]: what bits.dense means, salient values left to put_salient. A warp
-// makes a tile of 16 rows and 256 columns.
-extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
+// The dense matrix, what bits.dense means, salient values left to each_salient: put(n, k, values, count) gets four
+// neighbouring columns of a row, or the last few of it. A warp makes a tile of 16 rows and 256 columns.
+template <class Put> __device__ __forceinline__ void each_weight(const Arguments &a, Put put) {
   const int row_tiles = (a.rows + 15) / 16, column_tiles = (a.columns + 255) / 256;
   const long long index = (long long)blockIdx.x * 8 + threadIdx.x / 32;
   if (index >= (long long)row_tiles * column_tiles) return;
@@ -141,31 +141,74 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
             values[b] = __fadd_rn(values[b], load(a.shift, ((long long)tile * a.groups + group) * 16 + row, FLOAT_TYPE(a)));
           if (a.in_shift != 0) values[b] = __fadd_rn(values[b], load(a.in_shift, k + b, FLOAT_TYPE(a)));
         }
-        const long long to = (long long)n * a.columns + k;
-        if (a.columns % 4 == 0) {
-          if (a.x_type == FLOAT32) *(float4 *)((float *)a.y + to) = make_float4(values[0], values[1], values[2], values[3]);
-          else
-            *(uint2 *)((u16 *)a.y + to) =
-                make_uint2(narrow(values[0], a.x_type) | (u32)narrow(values[1], a.x_type) << 16,
-                           narrow(values[2], a.x_type) | (u32)narrow(values[3], a.x_type) << 16);
-        } else {
-          for (int b = 0; b < 4 && k + b < a.columns; b++) store(a.y, to + b, values[b], a.x_type);
-        }
+        put(n, k, values, min(4, a.columns - k));
       }
   }
 }
 
-// The salient values at their positions in the dense matrix; a warp takes a row.
-extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a) {
+// put(n, k, value) gets each salient value; a warp takes a row.
+template <class Put> __device__ __forceinline__ void each_salient(const Arguments &a, Put put) {
   const int n = blockIdx.x * 8 + threadIdx.x / 32;
   if (n >= a.rows) return;
   const float scale = load(a.salient_scale, n, FLOAT_TYPE(a));
   const int zero = a.zeros[n];
   for (u32 at = a.starts[n] + threadIdx.x % 32; at < a.starts[n + 1]; at += 32) {
     const uint4 packet = a.packets[at];
-    for (int i = 0; i < packet_count(packet); i++) {
-      const int column = packet_block(packet) * 256 + packet_column(packet, i);
-      store(a.y, (long long)n * a.columns + column, __fmul_rn(scale, float(packet_code(packet, i) - zero)), a.x_type);
-    }
+    for (int i = 0; i < packet_count(packet); i++)
+      put(n, packet_block(packet) * 256 + packet_column(packet, i), __fmul_rn(scale, float(packet_code(packet, i) - zero)));
   }
+}
+
+__device__ __forceinline__ void store4(const Arguments &a, void *to, long long at, const float (&values)[4], int count, int type) {
+  if (a.columns % 4 != 0) {
+    for (int b = 0; b < count; b++) store(to, at + b, values[b], type);
+  } else if (type == FLOAT32) {
+    *(float4 *)((float *)to + at) = make_float4(values[0], values[1], values[2], values[3]);
+  } else {
+    *(uint2 *)((u16 *)to + at) = make_uint2(narrow(values[0], type) | (u32)narrow(values[1], type) << 16,
+                                            narrow(values[2], type) | (u32)narrow(values[3], type) << 16);
+  }
+}
+
+// W in a.y, of type x_type [N][K].
+extern "C" __global__ void __launch_bounds__(256) unpack(const Arguments a) {
+  each_weight(a, [&](int n, int k, const float (&values)[4], int count) {
+    store4(a, a.y, (long long)n * a.columns + k, values, count, a.x_type);
+  });
+}
+extern "C" __global__ void __launch_bounds__(256) put_salient(const Arguments a) {
+  each_salient(a, [&](int n, int k, float value) { store(a.y, (long long)n * a.columns + k, value, a.x_type); });
+}
+
+struct HalvesArguments {
+  Arguments w;       // y: the high halves, float16 [N][K]
+  void *low;         // as y
+  const float *unit; // [N], powers of two
+};
+
+// W·unit as high + low·2⁻¹².
+__device__ __forceinline__ void in_halves(float value, float unit, float &high, float &low) {
+  const float v = __fmul_rn(value, unit);
+  high = rounded(v, FLOAT16);
+  low = (v - high) * 4096;
+}
+extern "C" __global__ void __launch_bounds__(256) unpack_halves(const HalvesArguments h) {
+  const Arguments &a = h.w;
+  each_weight(a, [&](int n, int k, const float (&values)[4], int count) {
+    float high[4], low[4];
+    for (int b = 0; b < 4; b++) in_halves(values[b], h.unit[n], high[b], low[b]);
+    const long long at = (long long)n * a.columns + k;
+    store4(a, a.y, at, high, count, FLOAT16);
+    store4(a, h.low, at, low, count, FLOAT16);
+  });
+}
+extern "C" __global__ void __launch_bounds__(256) put_salient_halves(const HalvesArguments h) {
+  const Arguments &a = h.w;
+  each_salient(a, [&](int n, int k, float value) {
+    float high, low;
+    in_halves(value, h.unit[n], high, low);
+    const long long at = (long long)n * a.columns + k;
+    store(a.y, at, high, FLOAT16);
+    store(h.low, at, low, FLOAT16);
+  });
 }
