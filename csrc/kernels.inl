@@ -252,7 +252,7 @@ struct Tile {
            Memory::bytes<int8_t>(T * pitch) + Memory::bytes<int32_t>(T * (words + 1)) +
            LOOKUP * Memory::bytes<uint8_t>(LOOKUP_PIECES * LOOKUPS * 4 * 64) +
            LOOKUP * Memory::bytes<int32_t>(T * (LOOKUP_PIECES + 1)) +
-           MATRIX * (Memory::bytes<int8_t>(PANEL_WORDS * 1024) + Memory::bytes<int32_t>(PANEL_WORDS * 512)) +
+           MATRIX * (Memory::bytes<int8_t>(PANEL_WORDS * 1024) + Memory::bytes<int32_t>(2 * 1024)) +
            Memory::bytes<uint32_t>(padded) + Memory::bytes<uint8_t>(padded + 8);
   }
 
@@ -276,7 +276,7 @@ struct Tile {
     }
     if constexpr (MATRIX) {
       panel = memory.take<int8_t>(PANEL_WORDS * 1024);
-      group_products = memory.take<int32_t>(PANEL_WORDS * 512);
+      group_products = memory.take<int32_t>(2 * 1024); // of two groups, at most four tiles each
       memset(q + some * pitch, 0, static_cast<size_t>((some + 15) / 16 * 16 - some) * pitch); // tokens of the last tile
     }
     if (WAY != Way::PLANES)
@@ -620,23 +620,27 @@ struct Tile {
       Products<Unit, A, R>::store(to, next);
       return;
     }
-    int64_t groups = 0;
-    for (int64_t begin = 0, end; begin < steps; begin = end, groups++) {
-      end = least(steps, ((word * 32 / width + groups + 1) * width - word * 32) / 64);
+    // The processor adds a group's products up while the matrix units, which come first, are at the next group's.
+    int64_t group = 0;
+    for (int64_t begin = 0, end; begin < steps; begin = end, group++) {
+      end = least(steps, ((word * 32 / width + group + 1) * width - word * 32) / 64);
       Products<Unit, A, R>::zero();
       Products<Unit, A, R>::add(codes + begin * 64, pitch, panel + begin * R * 1024, end - begin);
-      int32_t *const products = group_products + groups * A * R * tile;
+      int32_t *const products = group_products + group % 2 * A * R * tile;
       Products<Unit, A, R>::store(products, products + A * tile);
+      if (group > 0) add_products<A, R>(group - 1, scales, fresh && group == 1, to, next);
     }
+    add_products<A, R>(group - 1, scales, fresh && group == 1, to, next);
+  }
+
+  template <int A, int R>
+  void add_products(int64_t group, const vf (*scales)[R], bool fresh, int32_t *to, int32_t *next) const {
+    const int32_t *products = group_products + group % 2 * A * R * 256;
     for (int r = 0; r < R; r++) {
       float *sums = reinterpret_cast<float *>(r == 0 ? to : next);
-      const int32_t *products = group_products + r * A * tile;
-      for (int m = 0; m < A * 16; m++, sums += 16, products += 16) {
-        vf sum = fresh ? vf{} : vload<vf>(sums);
-        for (int64_t g = 0; g < groups; g++)
-          sum += __builtin_convertvector(vload<vi>(products + g * A * R * tile), vf) * scales[g][r];
-        vstore(sums, sum);
-      }
+      const vf scale = scales[group][r];
+      for (int m = 0; m < A * 16; m++, sums += 16, products += 16)
+        vstore(sums, (fresh ? vf{} : vload<vf>(sums)) + __builtin_convertvector(vload<vi>(products), vf) * scale);
     }
   }
 
