@@ -80,8 +80,9 @@ const Entry ENTRIES[] = {
     {&neon_kernels, has_dot_product},
 #endif
     {&portable_kernels, always},
-#if defined(SIGNBIT_EMULATE_MATRIX_UNIT)
-    {&emulated_kernels, always},
+#if defined(SIGNBIT_EMULATE)
+    {&emulated_avx512_kernels, always},
+    {&emulated_amx_kernels, always},
 #endif
 };
 constexpr int COUNT = sizeof ENTRIES / sizeof ENTRIES[0];

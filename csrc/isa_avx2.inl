@@ -1,7 +1,8 @@
 // Two halves of eight lanes each. Included by isa_avx2.cpp and isa_avxvnni.cpp, which differ in how bytes are multiplied.
 
 struct Isa {
-  static constexpr int EXACT_TOKENS = 4, INT8_TOKENS = 4, LOOKUP_TOKENS = 0, HEAD_ROWS = 2, HEAD_TOKENS = 2;
+  static constexpr int EXACT_TOKENS = 4, INT8_TOKENS = 4, LOOKUP_TOKENS = 0, GROUP_WORDS = 0;
+  static constexpr int HEAD_ROWS = 2, HEAD_TOKENS = 2;
 
   static vf half(const uint16_t *from) {
     vf v;

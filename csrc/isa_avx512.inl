@@ -1,7 +1,9 @@
-// Sixteen lanes are one register. Included by isa_avx512.cpp and isa_amx.cpp, which also has matrix units.
+// Sixteen lanes are one register. Included by isa_avx512.cpp, by isa_amx.cpp, which also has matrix units, and by
+// isa_emulated.cpp, where the intrinsics are plain C++.
 
 struct Avx512 {
   static constexpr int EXACT_TOKENS = 8, INT8_TOKENS = 12, LOOKUP_TOKENS = 32, HEAD_ROWS = 4, HEAD_TOKENS = 4;
+  static constexpr int GROUP_WORDS = 8, GROUP_UNIT = 4;
 
   static vf half(const uint16_t *from) {
     return vf(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))));
@@ -86,6 +88,27 @@ struct Avx512 {
         for (int s = 1; s < SUMS; s++) acc[r][t][0] = _mm512_add_epi32(acc[r][t][0], _mm512_srai_epi32(acc[r][t][s], s));
         result[r][t] = UP ? vi(acc[r][t][0]) : 2 * vi(acc[r][t][0]) - all[t];
       }
+  }
+
+  // 4·Σ ±q over WORDS words of one token, where begin = −4·Σq. As in `planes`, but for sums that soon meet: bits p and,
+  // after one shift, p + 4 of all bytes share one, worth 2ᵖ. Three of these four fit 16 bits (2²·127·8·WORDS < 2¹⁵), so
+  // that one vpdpwssd multiplies each and adds it to the fourth.
+  template <int WORDS>
+  static vi group(const uint32_t *w, const int8_t *q, int32_t begin) {
+    static_assert(WORDS <= GROUP_WORDS);
+    __m512i acc[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_set1_epi32(begin)};
+#pragma GCC unroll 8
+    for (int word = 0; word < WORDS; word++) {
+      const __m512i low = _mm512_loadu_si512(w + word * 16), high = _mm512_srli_epi32(low, 4);
+      prefetch(w + word * 16);
+#pragma GCC unroll 8
+      for (int p = 0; p < 8; p++) {
+        const __m512i plane = _mm512_and_si512(p < 4 ? low : high, _mm512_set1_epi8(static_cast<char>(1 << p % 4)));
+        acc[p % 4] = _mm512_dpbusd_epi32(acc[p % 4], plane, _mm512_set1_epi32(load32(q + word * 32 + p * 4)));
+      }
+    }
+    for (int s = 0; s < 3; s++) acc[3] = _mm512_dpwssd_epi32(acc[3], acc[s], _mm512_set1_epi32(8 >> s));
+    return vi(acc[3]);
   }
 
   // Int8 for several tokens: vpermb looks 64 rows up in a table of 64 sums of six codes, 384 products at once, where
@@ -191,7 +214,7 @@ struct Avx512 {
           const __m512i x = _mm512_permutexvar_epi8(index, a), y = _mm512_permutexvar_epi8(index, b);
           low[r] = i == 0 || i == 8 ? x : _mm512_add_epi8(low[r], x); // 8·31 < 256
           high[r] = i == 0 ? y : _mm512_add_epi8(high[r], y);          // 10·23 + 15 < 256
-          asm("" : "+v"(low[r]), "+v"(high[r])); // else the compiler adds up as a tree, and registers do not suffice
+          in_register(low[r]), in_register(high[r]); // else the compiler adds up as a tree, and registers do not suffice
           if (i == 7 || i == 10) {
             low_pairs[r] = _mm512_add_epi16(low_pairs[r], low[r]);
             low_odd[r] = _mm512_add_epi16(low_odd[r], _mm512_srli_epi16(low[r], 8));
@@ -242,6 +265,13 @@ struct Avx512 {
 
   // One token goes through the weights faster than the processor fetches ahead by itself: 4 KiB further on.
   static void prefetch(const uint32_t *w) { _mm_prefetch(reinterpret_cast<const char *>(w) + 4096, _MM_HINT_T0); }
+
+  // Where the compiler should not look behind a value; the emulated one is in no register.
+  static void in_register([[maybe_unused]] __m512i &value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#endif
+  }
 
   static int32_t load32(const int8_t *from) {
     int32_t value;

@@ -10,7 +10,8 @@ namespace signbit {
 namespace {
 
 struct Isa {
-  static constexpr int EXACT_TOKENS = 4, INT8_TOKENS = 4, LOOKUP_TOKENS = 0, HEAD_ROWS = 2, HEAD_TOKENS = 2;
+  static constexpr int EXACT_TOKENS = 4, INT8_TOKENS = 4, LOOKUP_TOKENS = 0, GROUP_WORDS = 0;
+  static constexpr int HEAD_ROWS = 2, HEAD_TOKENS = 2;
 
   static vf half(const uint16_t *from) {
     vf v;

@@ -8,6 +8,8 @@
 //   vb narrow(vi)                                          16 integers of −128 … 127 as bytes
 //   exact<R, T>(w, block stride, words, tables, table stride, acc[R][T])   acc = Σ ±x, 4 columns a table of 16 sums
 //   int8<R, T>(w, block stride, words, q, q stride, all[T], acc[R][T])     acc = Σ ±q, of which all = Σ q
+//   GROUP_WORDS                                            int8 for one token and so short groups by group; 0: none
+//   vi group<WORDS>(w, q, begin)                           GROUP_UNIT·Σ ±q, where begin = −GROUP_UNIT·Σq
 //   LOOKUP_TOKENS                                          int8 for so many tokens by the functions below; 0: none
 //   lookup_tables, lookup_indices, lookup<R>               see isa_avx512.inl
 //   Unit                                                   for linear_by_matrix alone: see matrix_unit.h
@@ -250,7 +252,7 @@ struct Tile {
            Memory::bytes<int8_t>(T * pitch) + Memory::bytes<int32_t>(T * (words + 1)) +
            LOOKUP * Memory::bytes<uint8_t>(LOOKUP_PIECES * LOOKUPS * 4 * 64) +
            LOOKUP * Memory::bytes<int32_t>(T * (LOOKUP_PIECES + 1)) +
-           MATRIX * (Memory::bytes<int8_t>(PANEL_WORDS * 1024) + Memory::bytes<int32_t>(PANEL_WORDS * 512)) +
+           MATRIX * (Memory::bytes<int8_t>(PANEL_WORDS * 1024) + Memory::bytes<int32_t>(2 * 1024)) +
            Memory::bytes<uint32_t>(padded) + Memory::bytes<uint8_t>(padded + 8);
   }
 
@@ -274,7 +276,7 @@ struct Tile {
     }
     if constexpr (MATRIX) {
       panel = memory.take<int8_t>(PANEL_WORDS * 1024);
-      group_products = memory.take<int32_t>(PANEL_WORDS * 512);
+      group_products = memory.take<int32_t>(2 * 1024); // of two groups, at most four tiles each
       memset(q + some * pitch, 0, static_cast<size_t>((some + 15) / 16 * 16 - some) * pitch); // tokens of the last tile
     }
     if (WAY != Way::PLANES)
@@ -397,8 +399,23 @@ struct Tile {
     return splat(load(w.scale, plane * w.groups + group, w.float_type));
   }
 
+  // The scales of a chunk's groups lie far from those of the next rows: no processor guesses where.
+  void fetch_scales(int plane, int64_t block, int64_t group, int64_t count) const {
+    if (!w.scale_rows) return;
+    const int64_t bytes = w.float_type == SIGNBIT_FLOAT32 ? 4 : 2;
+    const char *ahead = static_cast<const char *>(w.scale) + ((plane * blocks + block) * w.groups + group) * 16 * bytes;
+    for (int64_t line = 0; line < count * 16 * bytes; line += 64) __builtin_prefetch(ahead + line);
+  }
+
   // One chunk of columns: words [word, word + count), lying at `signs` block after block.
   void multiply(const uint32_t *signs, const float *from, int64_t word, int64_t count, int plane) {
+    if constexpr (INT8 && T == 1 && Isa::GROUP_WORDS > 0)
+      if (w.groups > 1) {
+        if (width == 32) return multiply_groups<Isa, 1>(signs, word, count, plane);
+        if (width == 64) return multiply_groups<Isa, 2>(signs, word, count, plane);
+        if (width == 128) return multiply_groups<Isa, 4>(signs, word, count, plane);
+        if (width == 256) return multiply_groups<Isa, 8>(signs, word, count, plane);
+      }
     const int64_t step_words = INT8 ? count : TABLE_WORDS;
     for (int64_t part = 0; part < count; part += step_words) {
       const int64_t some = least(step_words, count - part);
@@ -433,12 +450,7 @@ struct Tile {
       for (int t = 0; t < T; t++) sums[r][t] = vload<vf>(to + cell(block + r, t));
     const int64_t group_words = w.groups == 1 ? words : width / 32;
     int64_t group = w.groups == 1 ? 0 : (word + part) / group_words;
-    if (T == 1 && w.scale_rows) {
-      // The scales of a chunk's groups lie far from those of the next rows: no processor guesses where.
-      const int64_t bytes = w.float_type == SIGNBIT_FLOAT32 ? 4 : 2, count = (some + group_words - 1) / group_words;
-      const char *ahead = static_cast<const char *>(w.scale) + ((plane * blocks + block + 4) * w.groups + group) * 16 * bytes;
-      for (int64_t line = 0; line < count * 16 * bytes; line += 64) __builtin_prefetch(ahead + line);
-    }
+    if (T == 1) fetch_scales(plane, block + 4, group, (some + group_words - 1) / group_words);
     for (int64_t begin = part; begin < part + some; group++) {
       const int64_t end = least(part + some, (group + 1) * group_words - word);
       Sum acc[R][T];
@@ -451,6 +463,26 @@ struct Tile {
     }
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) vstore(to + cell(block + r, t), sums[r][t]);
+  }
+
+  // A chunk in int8 for one token, in groups of WORDS words, which begin and end with chunks.
+  template <class Set, int WORDS>
+  void multiply_groups(const uint32_t *signs, int64_t word, int64_t count, int plane) const {
+    static_assert(CHUNK % WORDS == 0);
+    const int64_t groups = count / WORDS, first_group = word / WORDS;
+    int32_t begin[CHUNK / WORDS];
+    for (int64_t g = 0; g < groups; g++)
+      begin[g] = Set::GROUP_UNIT * (q_sums[word + g * WORDS] - q_sums[word + (g + 1) * WORDS]);
+    for (int64_t block = first; block < last; block++) {
+      fetch_scales(plane, block + 4, first_group, groups);
+      const uint32_t *from = signs + block * count * 16;
+      const int8_t *codes = q + word * 32;
+      vf sum = {};
+      for (int64_t g = 0; g < groups; g++, from += WORDS * 16, codes += WORDS * 32)
+        sum += as_floats(Set::template group<WORDS>(from, codes, begin[g])) * scale_of(plane, block, first_group + g);
+      float *to = y_plane + cell(block, 0);
+      vstore(to, vload<vf>(to) + sum * (1.0f / Set::GROUP_UNIT));
+    }
   }
 
   // acc = Σ ±q, or Σ ±x, over the words [begin, end) of a chunk, of which the tables begin with `part`.
@@ -588,23 +620,27 @@ struct Tile {
       Products<Unit, A, R>::store(to, next);
       return;
     }
-    int64_t groups = 0;
-    for (int64_t begin = 0, end; begin < steps; begin = end, groups++) {
-      end = least(steps, ((word * 32 / width + groups + 1) * width - word * 32) / 64);
+    // The processor adds a group's products up while the matrix units, which come first, are at the next group's.
+    int64_t group = 0;
+    for (int64_t begin = 0, end; begin < steps; begin = end, group++) {
+      end = least(steps, ((word * 32 / width + group + 1) * width - word * 32) / 64);
       Products<Unit, A, R>::zero();
       Products<Unit, A, R>::add(codes + begin * 64, pitch, panel + begin * R * 1024, end - begin);
-      int32_t *const products = group_products + groups * A * R * tile;
+      int32_t *const products = group_products + group % 2 * A * R * tile;
       Products<Unit, A, R>::store(products, products + A * tile);
+      if (group > 0) add_products<A, R>(group - 1, scales, fresh && group == 1, to, next);
     }
+    add_products<A, R>(group - 1, scales, fresh && group == 1, to, next);
+  }
+
+  template <int A, int R>
+  void add_products(int64_t group, const vf (*scales)[R], bool fresh, int32_t *to, int32_t *next) const {
+    const int32_t *products = group_products + group % 2 * A * R * 256;
     for (int r = 0; r < R; r++) {
       float *sums = reinterpret_cast<float *>(r == 0 ? to : next);
-      const int32_t *products = group_products + r * A * tile;
-      for (int m = 0; m < A * 16; m++, sums += 16, products += 16) {
-        vf sum = fresh ? vf{} : vload<vf>(sums);
-        for (int64_t g = 0; g < groups; g++)
-          sum += __builtin_convertvector(vload<vi>(products + g * A * R * tile), vf) * scales[g][r];
-        vstore(sums, sum);
-      }
+      const vf scale = scales[group][r];
+      for (int m = 0; m < A * 16; m++, sums += 16, products += 16)
+        vstore(sums, (fresh ? vf{} : vload<vf>(sums)) + __builtin_convertvector(vload<vi>(products), vf) * scale);
     }
   }
 

@@ -43,7 +43,7 @@ struct Amx {
 };
 #endif
 
-#if defined(SIGNBIT_EMULATE_MATRIX_UNIT)
+#if defined(SIGNBIT_EMULATE)
 struct Emulated {
   static inline thread_local int8_t tiles[8][16][64];
   static inline thread_local bool ready = false; // else the instructions would trap

@@ -130,6 +130,13 @@ def write(path):
                 for mode in ("exact", "int8"):
                     if supported(w):
                         writer.linear(kind, w, x, mode)
+    # One token and groups of each width with a way of its own, their sums as large as can be; and of one without.
+    for width in (32, 64, 128, 256, 512):
+        for kind in ("group", "planes", "shift"):
+            w = cases.make(kind, 40, 1536, torch.float16, 1536 // width)
+            w.signs[:, :16] = 255
+            for dtype, x in zip(DTYPES, (torch.randn(1, 1536), torch.ones(1, 1536), -torch.ones(1, 1536)), strict=True):
+                writer.linear(kind, w, x.to(dtype), "int8")
     # Where a lookup takes 16 blocks of rows together, four, and some that are not there; an odd number of words.
     for n, k, groups in ((300, 960, 3), (230, 1000, 1)):
         for kind in ("group", "planes"):

@@ -1,6 +1,6 @@
 """The laws' cases replayed by a C++ program: under AddressSanitizer and UBSan here, and for NEON under qemu-user.
 
-The program for this processor also has the set "emulated": the kernel for matrix units, with these in plain C++.
+The program for this processor also has the kernels for AVX-512 and for matrix units, with their instructions in plain C++.
 """
 
 import re
@@ -17,7 +17,8 @@ from signbit.ops import native
 pytestmark = pytest.mark.slow
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CROSS, QEMU, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64-static", "/usr/aarch64-linux-gnu"
-EMULATED = "-DSIGNBIT_EMULATE_MATRIX_UNIT=ON"
+EMULATE = "-DSIGNBIT_EMULATE=ON"
+EMULATED = {"emulated-avx512", "emulated-amx"}
 
 
 def need(*programs):
@@ -56,7 +57,7 @@ def replay(tmp_path_factory):
     if isinstance(library, str):
         pytest.skip(f"no CPU kernels: {library}")
     need("c++")
-    return build(tmp_path_factory.mktemp("sanitized"), "-DSIGNBIT_SANITIZE=ON", EMULATED)
+    return build(tmp_path_factory.mktemp("sanitized"), "-DSIGNBIT_SANITIZE=ON", EMULATE)
 
 
 class LastCase:
@@ -79,7 +80,7 @@ def test_every_instruction_set_passes_under_sanitizers(replay, recorded):
     done = run(replay, recorded, "2")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     cases, runs, wrong, names = re.search(r"(\d+) cases, (\d+) runs, (\d+) wrong; (.*)", done.stdout).groups()
-    expected = {*native.library().runs, "emulated"}
+    expected = EMULATED | set(native.library().runs)
     assert set(names.split()) == expected
     assert int(cases) > 500 and int(runs) == int(cases) * len(expected) and wrong == "0"
 
@@ -90,7 +91,7 @@ def test_a_value_beyond_the_slack_is_reported(replay, recorded, tmp_path):
     struct.pack_into("<f", last.bytes, last.want, want + 3 * slack)
     (tmp_path / "changed").write_bytes(last.bytes)
     done = run(replay, tmp_path / "changed")
-    runs = len(native.library().runs) + 1
+    runs = len(EMULATED | set(native.library().runs))
     assert done.returncode == 1 and f" {runs} wrong;" in done.stdout
     assert done.stdout.count("wrong: head 40x300 int8 29 tokens torch.float16 on ") == runs
     assert done.stdout.count("error 0, 1 of 1160 values") == runs
