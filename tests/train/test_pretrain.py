@@ -161,6 +161,18 @@ def test_the_norm_of_gradients_is_that_of_all(optim, cut, llama_dir, text, tmp_p
     assert logged == pytest.approx(norms, rel=1e-5) and max(norms) > 1e-3
 
 
+def test_runs_of_all_objectives_are_compared_by_the_next_token(llama_dir, text, tmp_path):
+    """With learning rate 0 taught and untaught runs hold the same model, also over a last batch that is not full."""
+    held = {}
+    for name, words in {"ar": f"--tokenizer {llama_dir}", "ad": f"--teacher {llama_dir} --kd-alpha 1"}.items():
+        assert pretrain(text, tmp_path / name, f"{words} --learning-rate 0 --validation-blocks 5", steps=4) == 0
+        (held[name],) = (line for line in metrics(tmp_path / name) if "validation_loss" in line)
+    expected = held["ar"]["validation_loss"]
+    assert held["ar"]["validation_cross_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert held["ad"]["validation_cross_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert held["ad"]["validation_loss"] != pytest.approx(expected, rel=1e-3)
+
+
 def test_passes_are_steps(llama_dir, text, tmp_path):
     """6000 words and a boundary are 375 blocks of 16, of which 2 are held out: two passes are 746 blocks, 186 steps of 4."""
     from signbit.hub import distill as module

@@ -175,8 +175,11 @@ class Metrics(TrainerCallback):
             )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if metrics and state.is_world_process_zero:
-            self._write({"step": state.global_step, "validation_loss": metrics["eval_loss"]})
+        if not metrics:
+            return
+        line = {"validation_loss": metrics["eval_loss"], "validation_cross_entropy": self._trainer.take_held_out()}
+        if state.is_world_process_zero:
+            self._write({"step": state.global_step, **line})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

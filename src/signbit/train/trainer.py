@@ -232,6 +232,7 @@ class DistillTrainer(Trainer):
             )
         arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = share
         super().__init__(student, arguments, train_dataset=data, eval_dataset=validation, data_collator=_stack)
+        self._held_out = torch.zeros(2, device=self.args.device)
         self.model_accepts_loss_kwargs = False
         #: What divides the work, and over how many processes.
         self.engine = {"kind": self.accelerator.distributed_type.value, "processes": self.accelerator.num_processes}
@@ -311,7 +312,7 @@ class DistillTrainer(Trainer):
             told = [state.to(ids.device) for state in told]
             taught_last = taught_last.reshape(-1, taught_last.shape[-1]).to(ids.device)
         labels = None
-        if objective.kd_alpha < 1:
+        if objective.kd_alpha < 1 or not model.training:  # on held-out text runs of all objectives are compared by it
             labels = torch.full_like(ids, -100)
             labels[:, :-1] = ids[:, 1:]
             labels = labels.reshape(-1)
@@ -356,7 +357,16 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, parts = self.compute_loss(model, inputs, return_outputs=True)
+        sequences = len(inputs["input_ids"])
+        self._held_out = self._held_out + torch.stack([sequences * parts["cross_entropy"], loss.new_tensor(sequences)])
+        return loss.detach(), None, None
+
+    def take_held_out(self) -> float:
+        """Mean cross-entropy of the next token over the held-out sequences since it was last taken."""
+        total, sequences = self.accelerator.reduce(self._held_out, "sum").tolist()
+        self._held_out = torch.zeros(2, device=self.args.device)
+        return total / sequences
 
     def take_parts(self) -> dict[str, float]:
         """Means of the parts of the loss since they were last taken."""
