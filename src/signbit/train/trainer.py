@@ -366,7 +366,7 @@ class DistillTrainer(Trainer):
         """Mean cross-entropy of the next token over the held-out sequences since it was last taken."""
         total, sequences = self.accelerator.reduce(self._held_out, "sum").tolist()
         self._held_out = torch.zeros(2, device=self.args.device)
-        return total / sequences
+        return float(total / sequences)
 
     def take_parts(self) -> dict[str, float]:
         """Means of the parts of the loss since they were last taken."""
