@@ -1,5 +1,6 @@
 #!/bin/bash
-# sbatch launch/slurm.sh TEACHER RUN --recipe onebit-llama-7b ...       two nodes: sbatch --nodes 2 launch/slurm.sh ...
+# From the directory above this one: sbatch launch/slurm.sh TEACHER RUN --recipe onebit-llama-7b ...
+# Two nodes: sbatch --nodes 2 launch/slurm.sh ...      Another engine: CONFIG=launch/zero3_1x8.yaml sbatch launch/slurm.sh ...
 #SBATCH --job-name=signbit
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -8,16 +9,29 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Ten minutes before the end the batch script gets a signal, and puts the job back into the queue.
-#SBATCH --signal=B:USR1@600
+# Two to three minutes before the end this script gets a signal, and puts the job back into the queue.
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 teacher=$1 run=$2
 shift 2
-resume=()
-[ -f "$run/run.json" ] && resume=(--resume)
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+if [ -f "$run/run.json" ]; then set -- "$@" --resume; fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 bash -c "accelerate launch --config_file launch/fsdp2_${SLURM_JOB_NUM_NODES}x8.yaml \
-  --main_process_ip $head --main_process_port 29500 --machine_rank \$SLURM_NODEID \
-  -m signbit distill '$teacher' -o '$run' ${resume[*]:-} $*" &
-wait $!
+
+# A job that gets no further than its last checkpoint would come back for ever: it is left to its time limit.
+checkpoints() { (cd "$run" 2>/dev/null && ls -d checkpoint-*) 2>/dev/null || true; }
+before=$(checkpoints)
+requeue() {
+  if [ "$(checkpoints)" = "$before" ]; then
+    echo "slurm.sh: no checkpoint since this start, so the job is not requeued; lower --save-every" >&2
+  else
+    scontrol requeue "$SLURM_JOB_ID" || echo "slurm.sh: the job could not be requeued; submit it again to go on" >&2
+  fi
+}
+trap requeue USR1
+
+# Since SLURM 22.05 srun does not take --cpus-per-task from the job. $SLURM_NODEID is each node's own, the rest is the same.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' accelerate \
+  --config_file "${CONFIG:-launch/fsdp2_${SLURM_JOB_NUM_NODES}x8.yaml}" --main_process_ip "$head" \
+  --main_process_port $((20000 + SLURM_JOB_ID % 10000)) -m signbit distill "$teacher" -o "$run" "$@" &
+wait $! || wait $! # the signal ends the first, and the second has the status of the run
