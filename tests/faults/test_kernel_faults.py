@@ -28,6 +28,8 @@ FAULTS = {
     "shift forgotten": ("kernels.inl", "if (w.shift != nullptr) add_shift();", ""),
     "input shift forgotten": ("kernels.inl", "vload<vf>(y + cell(block, t)) + shifted[t]", "vload<vf>(y + cell(block, t))"),
     "code cut at a byte": ("kernels.inl", "if (in_byte + w.salient_bits > 8)", "if (in_byte > 8)"),
+    "127 times an activation beyond floats": ("kernels.inl", "low = clamped(vload<vf>(u + k) * 127.0f / a)",
+                                              "low = vload<vf>(u + k) * 127.0f / a"),
     "second plane's input scale": ("kernels.inl", "const int64_t row = plane * w.columns;", "const int64_t row = 0;"),
     "mean of the input's norm": ("kernels.inl", "for (k = 0; k < columns; k++) to[k] -= mean;", ""),
     "head without its last columns": ("kernels.inl", "for (int64_t k = most; k < columns; k++) whole",

@@ -155,6 +155,10 @@ def write(path):
             x, w = torch.randn(tokens, 128).to(dtype), cases.make("all")
             # int8 codes of a normed input depend on its last bit, so exact alone.
             writer.linear("all", w, x, "exact", norms, torch.randn(24).to(dtype))
+    # 127 times some of these is infinite.
+    for kind in ("row", "group"):
+        for tokens in (1, 13):
+            writer.linear(kind, cases.make(kind), 2e36 * torch.randn(tokens, 128), "int8")
     for n, k in ((5, 33), (19, 64), (40, 300)):
         for tokens in TOKENS:
             for dtype in DTYPES:

@@ -93,6 +93,15 @@ def test_an_activation_that_is_not_finite_shows(isa, bad):
     assert bool(y[0].isnan().all()) and bool(y[1].isfinite().all())
 
 
+@needs_kernels
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("kind", ["row", "group"])
+def test_activations_near_the_largest_float(isa, kind):
+    w = cases.make(kind, 24, 128)
+    for tokens in (1, 5):
+        laws.law_int8(BACKENDS[isa], w, torch.float32, magnitude=2e36, tokens=tokens)  # 127 times some is infinite
+
+
 # Terms at sizes that the laws' own cases leave to the reference: groups of every width, one group of an odd width, a
 # bitmap whose rows end inside a word, and scales of every type.
 @needs_kernels
