@@ -298,6 +298,19 @@ def test_a_kernel_that_fails_its_check_is_not_chosen(monkeypatch):
     assert name is None and "failed their check at load" in reason
 
 
+@needs_kernels
+@pytest.mark.parametrize(("groups", "tokens"), [(1, 3), (2, 1), (2, 3)])
+def test_the_check_at_load_sees_every_way(groups, tokens, monkeypatch):
+    right = cpu.binary_linear
+
+    def wrong(x, w, mode, isa):
+        fault = mode == "int8" and (w.scale.shape[2] > 1, len(x)) == (groups > 1, tokens)
+        return right(x, w, mode, isa) * (1.01 if fault else 1)
+
+    monkeypatch.setattr(cpu, "binary_linear", wrong)
+    assert f", int8, {tokens} tokens: off by " in cpu.check(KERNELS[0])
+
+
 def test_without_kernels_a_name_is_refused(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: "built without a compiler")
     monkeypatch.setenv(cpu.VARIABLE, "avx2")
