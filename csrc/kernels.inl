@@ -90,6 +90,12 @@ inline void build_tables(const float *x, int64_t columns, float *tables) {
     vstore(tables, (s0 * x[k] + s1 * x[k + 1]) + (s2 * x[k + 2] + s3 * x[k + 3]));
 }
 
+// 127·u is infinite where |u| is within a 127th of the largest float.
+inline vf clamped(const vf &v) {
+  const vf most = splat(127), capped = v < most ? v : most;
+  return capped > -most ? capped : -most;
+}
+
 // a = max(max|u|, 1e-5), q = round_half_even(127·u/a): q in the order in which a word's bits meet it (see int8 in
 // Isa: byte 4p + j is column 8j + p), or as it stands; `sums` [words + 1] counts up over the words, if it is there.
 // Returns a/127, NaN if an activation is not finite.
@@ -116,7 +122,7 @@ inline float quantize_token(const float *u, int64_t padded, int8_t *q, int32_t *
   const vu base = reinterpret_cast<vu>(splat(magic));
   if (sums != nullptr) sums[0] = 0;
   for (int64_t k = 0; k < padded; k += 32) {
-    const vf low = vload<vf>(u + k) * 127.0f / a, high = vload<vf>(u + k + 16) * 127.0f / a;
+    const vf low = clamped(vload<vf>(u + k) * 127.0f / a), high = clamped(vload<vf>(u + k + 16) * 127.0f / a);
     const vi i = reinterpret_cast<vi>(reinterpret_cast<vu>(low + magic) - base);
     const vi j = reinterpret_cast<vi>(reinterpret_cast<vu>(high + magic) - base);
     const vb first = Isa::narrow(i), second = Isa::narrow(j);

@@ -13,8 +13,8 @@ import torch
 import torch.multiprocessing  # which teaches the ForkingPickler tensors
 
 import signbit
-from signbit.errors import OptionError
-from signbit.linear import PackedLinear
+from signbit.errors import OptionError, ShapeError
+from signbit.linear import Int8Head, PackedLinear
 from signbit.ops import native, prepare
 from signbit.ops.schema import _prepared_linear, _prepared_linear_input_grad
 from tests.laws import cases
@@ -212,6 +212,30 @@ def test_another_storage_under_the_same_tensor_is_seen():
     assert not torch.equal(after, before)
     layer.bias.data = torch.ones(24, dtype=torch.bfloat16)
     assert torch.equal(layer(x), after + 1)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_result_has_the_dtype_of_the_input(dtype, bias_dtype):
+    stored = PackedLinear(cases.make("row", 24, 96), torch.randn(24).to(bias_dtype))
+    odd = PackedLinear(cases.make("group", 24, 96), torch.randn(24).to(bias_dtype))  # by the reference
+    head = Int8Head(*Int8Head.quantize(torch.randn(24, 96)), torch.randn(24).to(bias_dtype))
+    for layer in (stored, odd, head):
+        x = torch.randn(3, 96).to(dtype)
+        plain = layer(x)
+        trained = layer(x.requires_grad_())
+        assert plain.dtype is dtype and trained.dtype is dtype
+        assert torch.allclose(plain, trained, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        trained.sum().backward()
+        assert x.grad.dtype is dtype
+
+
+def test_integers_are_no_activations():
+    _, layer = twins("row")
+    for activations in ("exact", "int8"):
+        layer.activations = activations
+        with pytest.raises(ShapeError, match=r"the input is torch\.int64; this layer takes floats"):
+            layer(torch.ones(3, 128, dtype=torch.int64))
 
 
 def test_gradients_of_a_trained_bias_and_forward_mode():

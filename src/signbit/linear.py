@@ -465,7 +465,7 @@ class PackedLinear(nn.Module):
         elif self.norm_out == "batch_absmax":
             limit = 128 - 1e-5
             x = (x * (128 / (x.abs().max() + 1e-5))).clamp(-limit, limit) if x.numel() else x
-        return x if self.bias is None else x + self.bias
+        return x if self.bias is None else (x + self.bias).to(x.dtype)
 
     def _in_one_pass(self, x: Tensor, activations: str, as_op: bool) -> Tensor:
         """The kernels' own way: bias (and on the CPU norms) inside, and outside of a graph no dispatcher on the way."""
@@ -585,7 +585,7 @@ class Int8Head(_Int8):
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.int8_linear(x, self.weight, self.scale, self.activations)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else (y + self.bias).to(y.dtype)
 
 
 @final

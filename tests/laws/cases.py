@@ -45,6 +45,13 @@ def make(kind, n=24, k=128, dtype=torch.float16, groups=None):
         return BinaryWeight.from_signs(
             signs, rand(1, n, groups), shift=rand(n, groups), salient=_salient(n, k, 0.4, bits=5, dtype=dtype)
         )
+    if kind == "shared_parts":  # scales by all rows, an input scale and salient values by both planes
+        return BinaryWeight.from_signs(
+            torch.randn(2, n, k),
+            rand(2, 1, groups),
+            in_scale=rand(1, k) - 0.6,
+            salient=_salient(n, k, 0.1, bits=7, dtype=dtype),
+        )
     if kind == "all":
         return BinaryWeight.from_signs(
             torch.randn(2, n, k),

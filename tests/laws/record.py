@@ -122,8 +122,8 @@ def write(path):
     """All cases to `path`; returns how many."""
     torch.manual_seed(0)
     writer = Writer()
-    for kind in cases.KINDS:
-        for n, k in SHAPES if kind in cases.TERMS else SHAPES[:1]:
+    for kind in (*cases.KINDS, "shared_parts"):
+        for n, k in SHAPES[:1] if kind in cases.METHOD_CASES else SHAPES:
             w = cases.make(kind, n, k)
             for place, tokens in enumerate(TOKENS):
                 x = torch.randn(tokens, k).to(DTYPES[place % 3])
@@ -155,6 +155,12 @@ def write(path):
             x, w = torch.randn(tokens, 128).to(dtype), cases.make("all")
             # int8 codes of a normed input depend on its last bit, so exact alone.
             writer.linear("all", w, x, "exact", norms, torch.randn(24).to(dtype))
+        # Where the norms' eps is a good part.
+        writer.linear("row", cases.make("row"), 1e-3 * torch.randn(3, 128), "exact", norms)
+    # 127 times some of these is infinite.
+    for kind in ("row", "group"):
+        for tokens in (1, 13):
+            writer.linear(kind, cases.make(kind), 2e36 * torch.randn(tokens, 128), "int8")
     for n, k in ((5, 33), (19, 64), (40, 300)):
         for tokens in TOKENS:
             for dtype in DTYPES:

@@ -235,25 +235,29 @@ def check(isa: str) -> str | None:
 
 def _check(isa: str) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    rows, columns = 40, 136
+    rows = 40
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
-    signs, scale = bits.pack_signs(normal(1, rows, columns)), normal(1, rows, 1).abs() + 0.5
-    w = Operands(signs, scale, None, None, None, None, None, None, None, None, 0, columns)
-    codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
-    # Some tokens and many: they are multiplied in other ways.
-    for activations, tokens in itertools.product(("exact", "int8"), (3, 19)):
-        x = normal(tokens, columns)
-        for what, got, want in (
-            ("binary_linear", binary_linear(x, w, activations, isa), reference.binary_linear(x, w, activations)),
-            (
-                "int8_linear",
-                int8_linear(x, codes, scale[0, :, 0], activations, isa),
-                reference.int8_linear(x, codes, scale[0, :, 0], activations),
-            ),
-        ):
+    def packed(columns: int, groups: int) -> Operands:
+        signs, scale = bits.pack_signs(normal(1, rows, columns)), normal(1, rows, groups).abs() + 0.5
+        return Operands(signs, scale, None, None, None, None, None, None, None, None, 0, columns)
+
+    forms = {"binary_linear": packed(136, 1), "binary_linear in groups": packed(256, 2)}
+    codes = torch.randint(-127, 128, (rows, 136), dtype=torch.int8, generator=generator)
+    head = codes, normal(rows).abs() + 0.5
+    # Some tokens, many and one: they are multiplied in other ways.
+    for activations, tokens in itertools.product(("exact", "int8"), (3, 19, 1)):
+        found = []
+        for what, w in forms.items():
+            x = normal(tokens, w.in_features)
+            found.append((what, binary_linear(x, w, activations, isa), reference.binary_linear(x, w, activations)))
+        x = normal(tokens, codes.shape[1])
+        found.append(
+            ("int8_linear", int8_linear(x, *head, activations, isa), reference.int8_linear(x, *head, activations))
+        )
+        for what, got, want in found:
             if not bool(((got - want).abs() <= 1e-5 * want.abs().max()).all()):
                 return f"{what}, {activations}, {tokens} tokens: off by {(got - want).abs().max():.3g}"
     return None

@@ -176,6 +176,8 @@ _int8_linear.register_autograd(_int8_linear_backward, setup_context=_save_codes)
 def _check_columns(x: Tensor, columns: int) -> None:
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ShapeError(f"the input has shape {list(x.shape)}; this layer takes [..., {columns}]")
+    if not x.dtype.is_floating_point:  # the matrix would be cut to integers
+        raise ShapeError(f"the input is {x.dtype}; this layer takes floats")
 
 
 def binary_linear(x: Tensor, w: Operands, activations: str = "exact") -> Tensor:
