@@ -36,6 +36,7 @@ from signbit.train import (
     pack_training_,
     start_training_,
 )
+from signbit.train.checkpoints import checkpoints
 from tests import families
 from tests.train.runs import metrics
 
@@ -356,29 +357,36 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(llama_dir
     assert metrics(cut) == metrics(whole)
 
 
-def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    clock = [0.0]
-    made = trainer(tmp_path, families.llama(), families.llama(), save_every=100)
-    made.args.max_steps = 100
-    made.budget = Budget(None, 1.0, clock=lambda: clock[0])
-    inner, rates = made.training_step, []
+def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path):
+    """The first step of each start, in which torch.compile works, does not count."""
+    clock, rates = [0.0], {}
+    data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(200)]
 
-    def training_step(*args, **kwargs):
-        clock[0] += 10.0
-        rates.append(made.optimizer.param_groups[0]["lr"])
-        return inner(*args, **kwargs)
+    def run(checkpoint=None):
+        made = trainer(tmp_path, families.llama(), families.llama(), data=data, save_every=4)
+        made.args.max_steps = 100
+        made.budget = Budget(None, 1.0, clock=lambda: clock[0])
+        inner = made.training_step
 
-    made.training_step = training_step
-    made._data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(200)]
-    made.run()
-    # The first step, in which torch.compile works, does not count: six more take a minute.
-    assert made.state.global_step == 7
-    assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates) <= 1e-3 and rates[-1] < rates[3]
-    assert json.loads((tmp_path / "checkpoint-7" / "signbit.json").read_text()) == {
-        "used_s": 60.0,
-        "step": 7,
-        "skipped": [],
-    }
+        def training_step(*args, **kwargs):
+            clock[0] += 10.0
+            rates[made.state.global_step] = made.optimizer.param_groups[0]["lr"]
+            return inner(*args, **kwargs)
+
+        made.training_step = training_step
+        made.run(checkpoint)
+        return made.state.global_step
+
+    def state(step):
+        return json.loads((tmp_path / f"checkpoint-{step}" / "signbit.json").read_text())
+
+    assert run() == 7 and state(7) == {"used_s": 60.0, "step": 7, "skipped": []}
+    assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates.values()) <= 1e-3 and rates[6] < rates[3]
+    before = dict(rates)
+    clock[0] = 5000.0
+    assert state(4)["used_s"] == 30.0
+    assert run(tmp_path / "checkpoint-4") == 8 and state(8) == {"used_s": 60.0, "step": 8, "skipped": []}
+    assert [rates[step] for step in (4, 5, 6, 7)] == [before[step] for step in (4, 5, 5, 6)], "used minutes count"
 
 
 def test_another_vocabulary_is_refused(tmp_path):
@@ -406,19 +414,70 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 
 def test_parts_of_a_batch_add_up_to_it(tmp_path):
-    """Gradient accumulation: the same steps as with the whole batch at once."""
+    """Gradient accumulation: the same steps, and lines of metrics, as with the whole batch at once."""
     data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(16)]
-    base, teacher = families.llama(), families.llama()
-    states = []
+    base, teacher, objective = families.llama(), families.llama(), Objective(kd_alpha=0.5, kd_beta=0.5)
+    how = {"data": data, "batch_size": 4, "optim": "adamw_torch", "log_every": 2}
+    states, lines = [], []
     for parts in (1, 2):
-        student = families.llama()
+        student, out = families.llama(), tmp_path / str(parts)
         student.load_state_dict(base.state_dict())
-        one = trainer(
-            tmp_path / str(parts), student, teacher, data=data, batch_size=4, accumulation=parts, optim="adamw_torch"
-        )
-        one.run()
+        trainer(out, student, teacher, objective, accumulation=parts, **how).run()
         states.append({name: p.detach().clone() for name, p in student.named_parameters()})
+        lines.append(metrics(out))
     assert all((states[0][n] - states[1][n]).abs().max() <= 1e-5 for n in states[0])
+    for one, other in zip(*lines, strict=True):
+        for name in ("loss", "kl", "cross_entropy", "hidden", "grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_blocks_are_computed_again_for_the_gradient(tmp_path):
+    """Gradient checkpointing: each block twice a step, and the run of one that kept what it computed."""
+    data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(4)]
+    base, teacher, objective = families.llama(), families.llama(), Objective(kd_beta=0.5)
+    lines, passes = [], []
+    for again in (False, True):
+        student, out, calls = families.llama(), tmp_path / str(again), []
+        student.load_state_dict(base.state_dict())
+        made = trainer(out, student, teacher, objective, data, max_steps=2, gradient_checkpointing=again)
+        made.model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *given, calls=calls: calls.append(given))
+        made.run()
+        lines.append(metrics(out))
+        passes.append(len(calls))
+    assert passes == [2, 4] and lines[0] == lines[1]
+
+
+def test_lines_and_checkpoints_are_as_many_as_asked_for(tmp_path):
+    """There is a line at each checkpoint too, at which a resumed run can begin to count."""
+    made = trainer(
+        tmp_path, families.llama(), families.llama(), max_steps=5, log_every=3, save_every=2, keep_checkpoints=2
+    )
+    made.run()
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4, 5]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+
+
+def test_the_newest_complete_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for step in (9, 10, 100, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 1000:
+            (tmp_path / f"checkpoint-{step}" / "signbit.json").touch()
+    (tmp_path / ".unfinished" / "checkpoint-2000").mkdir(parents=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+    assert last_checkpoint(tmp_path).name == "checkpoint-100"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrapper"),
+    [("FSDP", "FSDPModule"), ("DEEPSPEED", "DeepSpeedEngine"), ("MULTI_GPU", "DistributedDataParallel")],
+)
+def test_what_stands_around_the_student_is_what_the_launch_asked_for(kind, wrapper, tmp_path):
+    made = trainer(tmp_path, families.llama(), families.llama())
+    made.engine = {"kind": kind, "processes": 2}
+    with pytest.raises(TrainingError, match=f"accelerate was to give {wrapper} for {kind}, and gave LlamaForCausalLM"):
+        made.run()
+    made.model_wrapped = type(wrapper, (torch.nn.Module,), {})()
+    made.check_wrapped()
 
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path):
