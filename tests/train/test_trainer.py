@@ -70,7 +70,10 @@ def test_resuming_gives_the_same_metrics(llama_dir, text, tmp_path, capsys):
     assert run(llama_dir, text, whole) == 0
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoint-8")
-    (cut / ".unfinished" / "checkpoint-6").mkdir(parents=True)  # as a kill while it was written leaves it
+    # As kills leave them that come while they are written.
+    (cut / ".unfinished" / "checkpoint-6").mkdir(parents=True)
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')
     assert run(llama_dir, text, cut, "--resume") == 0, capsys.readouterr().err
     assert metrics(cut) == metrics(whole)
     one, other = (load_file(out / "checkpoint-8" / "model.safetensors") for out in (whole, cut))
@@ -510,6 +513,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"step 4 could not be written .*No space left.*checkpoint-2 is complete"):
         made.run()
     assert last_checkpoint(tmp_path).name == "checkpoint-2" and not (tmp_path / ".unfinished").exists()
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
+    made = trainer(tmp_path, families.llama(), families.llama(), save_every=2)
+    inner = made.training_step
+
+    def training_step(*args, **kwargs):
+        if made.state.global_step == 2:
+            made.metrics._path = tmp_path
+        return inner(*args, **kwargs)
+
+    made.training_step = training_step
+    with pytest.raises(
+        TrainingError, match=r"could not be written \(Is a directory\); .*checkpoint-2 is the last good"
+    ):
+        made.run()
 
 
 def test_flips_are_counted_layer_by_layer():

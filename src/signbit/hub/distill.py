@@ -55,6 +55,7 @@ from signbit.train import (
     start_dense_,
     start_training_,
 )
+from signbit.train.checkpoints import write_whole
 from signbit.train.plot import plot_run
 from signbit.train.spikes import checkpoint_without
 from signbit.version import VERSION
@@ -275,7 +276,7 @@ def train(
         tokenizer.save_pretrained(out / "tokenizer")
         described = {**recipe.to_dict(), "engine": trainer.engine, "tokens": tokens, "teacher_logits": told}
         described["report"] = asdict(report)
-        (out / RUN).write_text(json.dumps(described, indent=2) + "\n")
+        write_whole(out / RUN, json.dumps(described, indent=2) + "\n")
     trainer.run(checkpoint)
     if not trainer.is_world_process_zero():
         return None

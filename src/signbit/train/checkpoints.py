@@ -17,8 +17,16 @@ _PREFIX = "checkpoint-"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's metrics.jsonl; the last one is none if a kill cut it short."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is all there or as it was before."""
+    made = path.with_name(f"{path.name}{UNFINISHED}")
+    made.write_text(text, encoding="utf-8")
+    os.replace(made, path)
 
 
 def checkpoints(out: Path) -> list[Path]:
