@@ -38,7 +38,7 @@ from signbit.train import (
 )
 from signbit.train.checkpoints import checkpoints
 from tests import families
-from tests.train.runs import metrics
+from tests.train.runs import metrics, trainer_of
 
 
 def run(llama_dir, text, out, *more, method="onebit", steps=8):
@@ -603,9 +603,30 @@ def test_a_directory_of_another_run_is_not_gone_on_with(llama_dir, text, tmp_pat
 
 
 def test_a_packed_teacher_may_teach(llama_dir, text, tmp_path, capsys):
-    assert main(f"quantize {llama_dir} -o {tmp_path}/packed --method absmean".split()) == 0
-    assert run(f"{tmp_path}/packed", text, tmp_path / "run", steps=2) == 0, capsys.readouterr().err
+    """And be the start; its head and embeddings, in 8 bits, stay one tensor."""
+    packed = f"{tmp_path}/packed"
+    assert main(f"quantize {llama_dir} -o {packed} --method absmean --head int8".split()) == 0
+    assert run(packed, text, tmp_path / "run", "--train-embeddings", steps=2) == 0, capsys.readouterr().err
     assert main(f"pack {tmp_path}/run -o {tmp_path}/again".split()) == 0, capsys.readouterr().err
+    model, ids = distill_module._dense(packed, "cpu", torch.float32), torch.randint(3, 60, (2, 12))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    want = load_any(packed, "float32")(ids).logits
+    assert (model(ids).logits - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_a_packed_teacher_with_norms_of_its_own_may_teach_and_is_no_start(llama_dir, text, tmp_path, capsys):
+    packed = f"{tmp_path}/packed"
+    assert main(f"quantize {llama_dir} -o {packed} --method onebit --norm layer".split()) == 0
+    assert run(packed, text, tmp_path / "run", steps=2) == 1
+    assert "q_proj has norms, quantized activations or a multiplier of its own; it cannot" in capsys.readouterr().err
+    made = trainer_of(
+        f"pretrain --model {llama_dir} --teacher {packed} -o {tmp_path}/taught --data {text} --max-steps 2 "
+        "--sequence-length 16 --batch-size 4"
+    )
+    ids = torch.randint(3, 60, (4, 16), device=made.args.device)
+    want = load_any(packed, "float32", str(made.args.device))(ids).logits
+    with torch.no_grad():
+        assert torch.allclose(made.teacher(ids).logits.float(), want, rtol=0.02, atol=0.02 * float(want.abs().max()))
 
 
 def test_a_teacher_in_eight_bits_teaches_nearly_the_same(llama_dir, text, tmp_path, monkeypatch):
