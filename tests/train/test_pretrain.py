@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
+from signbit.errors import OptionError
 from signbit.hub.load import load_any
 from signbit.linear import PackedLinear
 from signbit.methods import METHODS
@@ -191,6 +192,12 @@ def test_a_line_falls_in_a_line_and_a_cosine_in_a_cosine():
     cosine = [Schedule(warmup_steps=4, last_share=0.1).factor((s + 1) / 10, s) for s in range(10)]
     want = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(1, 7)]
     assert cosine == pytest.approx([0.25, 0.5, 0.75, 1, *want])
+
+
+def test_a_warm_up_is_not_shorter_than_none():
+    with pytest.raises(OptionError, match="warmup_steps is -1; it is a number of steps, 0 or more"):
+        Schedule(warmup_steps=-1)
+    assert Schedule(warmup_steps=0).factor(0.0, 0) == 1
 
 
 @pytest.mark.parametrize(

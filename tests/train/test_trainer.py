@@ -342,6 +342,11 @@ def test_a_parameter_that_is_no_number_is_not_saved(tmp_path):
         made.run()
 
 
+def test_an_optimizer_that_is_not_installed_is_told(tmp_path):
+    with pytest.raises(OptionError, match=r"--optim adamw_torch_xla cannot be had here \(.*torch_xla.*\); muon and"):
+        trainer(tmp_path, families.llama(), families.llama(), optim="adamw_torch_xla").run()
+
+
 def test_text_that_changed_is_not_gone_on_with(llama_dir, text, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(llama_dir, text, out, steps=2) == 0
@@ -395,6 +400,49 @@ def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path):
 def test_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(OptionError, match="the teacher has 80 tokens in its vocabulary and the student 64"):
         trainer(tmp_path, teacher=families.llama(vocab_size=80))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kd_beta": 1.0}, r"--kd-beta compares hidden states .* teacher has 3 layers of hidden_size 32, .* 2 of 32"),
+        ({"kd_beta_last": 1.0}, "--kd-beta compares hidden states"),
+        ({"kd_gamma": 1.0}, "--kd-gamma compares attentions .* layers of num_attention_heads 4, .*; leave it out"),
+    ],
+)
+def test_layers_that_the_other_model_has_not_are_not_compared(values, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        trainer(tmp_path, families.llama(), families.llama(num_hidden_layers=3), Objective(**values))
+    trainer(tmp_path, families.llama(), families.llama(num_hidden_layers=3))
+
+
+def test_sequences_longer_than_a_model_has_positions(tmp_path, capsys):
+    """Learned ones end; others were only not trained."""
+    with pytest.raises(
+        OptionError, match=r"the student has 128 positions, and --sequence-length is 129; give .* 128 or"
+    ):
+        trainer(tmp_path, families.opt(), families.llama(), sequence_length=129)
+    trainer(tmp_path, families.opt(), families.opt(), sequence_length=128)
+    assert "note" not in capsys.readouterr().err
+    trainer(tmp_path, families.llama(), families.llama(), sequence_length=129)
+    assert "note: the teacher was made for 128 positions, and --sequence-length is 129" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": -1.0}, r"--learning-rate is -1\.0; a number of 0 or more"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"weight_decay": float("inf")}, "--weight-decay is inf"),
+        ({"beta2": 1.0}, r"--beta2 is 1\.0; it is a share, from 0 to below 1"),
+        ({"max_grad_norm": -1.0}, r"--max-grad-norm is -1\.0; it is a norm, or 0"),
+        ({"report_to": ("paper",)}, "--report-to is 'paper'; tensorboard, trackio and wandb are allowed"),
+        ({"report_to": ("swanlab",)}, "--report-to swanlab needs a package that is not installed: pip install swanlab"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(values, message):
+    with pytest.raises(OptionError, match=message):
+        TrainOptions(**values)
 
 
 def test_more_processes_than_gpus_are_refused(llama_dir, text, tmp_path, monkeypatch, capsys):
