@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 import signbit
 from signbit.cli import main
@@ -36,6 +37,7 @@ from signbit.train import (
     pack_training_,
     start_training_,
 )
+from signbit.train import trainer as trainer_module
 from signbit.train.checkpoints import checkpoints
 from tests import families
 from tests.train.runs import metrics, trainer_of
@@ -499,13 +501,32 @@ def test_blocks_are_computed_again_for_the_gradient(tmp_path):
 
 
 def test_lines_and_checkpoints_are_as_many_as_asked_for(tmp_path):
-    """There is a line at each checkpoint too, at which a resumed run can begin to count."""
+    """There is a line at each checkpoint too, at which a resumed run can begin to count; a copy of one is left alone."""
+    (tmp_path / "checkpoint-2-copy").mkdir()
     made = trainer(
         tmp_path, families.llama(), families.llama(), max_steps=5, log_every=3, save_every=2, keep_checkpoints=2
     )
     made.run()
     assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4, 5]
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-4", "checkpoint-5", "checkpoint-2-copy"}
+
+
+def test_reports_have_what_a_line_of_metrics_has(tmp_path, monkeypatch):
+    told = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.append({"step": state.global_step, **logs})
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "swanlab", Reporter)
+    monkeypatch.setattr(trainer_module, "get_available_reporting_integrations", lambda: ["swanlab"])
+    how = {"max_steps": 2, "learning_rate": 0.02, "report_to": ("swanlab",)}
+    trainer(tmp_path, families.llama(), families.llama(), Objective(kd_beta=1.0), **how).run()
+    for line, report in zip(metrics(tmp_path), told, strict=False):
+        for name in ("step", "loss", "kl", "hidden", "flips", "grad_norm", "learning_rate"):
+            assert report[name] == line[name], name
+        assert "tokens_per_s" in report
 
 
 def test_the_newest_complete_checkpoint_is_that_of_the_most_steps(tmp_path):
@@ -513,7 +534,9 @@ def test_the_newest_complete_checkpoint_is_that_of_the_most_steps(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step < 1000:
             (tmp_path / f"checkpoint-{step}" / "signbit.json").touch()
-    (tmp_path / ".unfinished" / "checkpoint-2000").mkdir(parents=True)
+    for name in (".unfinished/checkpoint-2000", "checkpoint-100-copy", "checkpoint-best"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "signbit.json").touch()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
     assert last_checkpoint(tmp_path).name == "checkpoint-100"
 

@@ -31,13 +31,20 @@ def write_whole(path: Path, text: str) -> None:
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, the newest first."""
-    found = [path for path in out.glob(f"{_PREFIX}*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+    steps = {path: path.name.removeprefix(_PREFIX) for path in out.glob(f"{_PREFIX}*")}
+    found = [path for path, step in steps.items() if step.isdecimal() and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: -int(steps[path]))
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     return next(iter(checkpoints(out)), None)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Takes a checkpoint away, which is incomplete from the first moment on."""
+    (path / STATE).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def finish_checkpoint(out: Path, step: int, state: dict[str, Any]) -> None:
@@ -49,6 +56,6 @@ def finish_checkpoint(out: Path, step: int, state: dict[str, Any]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     if final.exists():
-        shutil.rmtree(final)
+        remove_checkpoint(final)
     os.replace(made, final)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from signbit.errors import OptionError, TrainingError
@@ -36,6 +35,7 @@ from signbit.train.checkpoints import (
     finish_checkpoint,
     last_checkpoint,
     read_metrics,
+    remove_checkpoint,
 )
 from signbit.train.compiling import compiled, compiled_once, repeatable
 from signbit.train.divided import local, whole
@@ -301,7 +301,9 @@ class DistillTrainer(Trainer):
         self.flips = Flips(student)
         self.metrics = Metrics(self)
         self.remove_callback(PrinterCallback)
-        self.add_callback(self.metrics)
+        # Behind what says when there is a line, before those who report it (--report-to) and so see what it adds.
+        told = self.callback_handler.callbacks
+        told.insert(1 + [isinstance(one, DefaultFlowCallback) for one in told].index(True), self.metrics)
 
     # What is learnt from.
 
@@ -455,7 +457,8 @@ class DistillTrainer(Trainer):
                 finish_checkpoint(
                     self.out, step, {"used_s": self.budget.used_s, "step": step, "skipped": sorted(self.skipped)}
                 )
-                rotate_checkpoints(output_dir=str(self.out), save_total_limit=self.options.keep_checkpoints)
+                for path in checkpoints(self.out)[self.options.keep_checkpoints :]:
+                    remove_checkpoint(path)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
             kept = f"{last} is complete" if last else "there is no earlier one"
@@ -494,7 +497,7 @@ class DistillTrainer(Trainer):
             if path == checkpoint:
                 break
             print(f"note: {path} has learnt from a chunk that is skipped now, and is removed", file=sys.stderr)
-            shutil.rmtree(path)
+            remove_checkpoint(path)
         self.metrics.forget_after(step)
 
     def _train_from(self, checkpoint: Path | None, step: int) -> None:
