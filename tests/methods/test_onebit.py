@@ -30,6 +30,14 @@ def test_the_vectors_are_the_leading_pair_of_the_magnitudes(options):
         assert float(h.norm()) == pytest.approx(float(g.norm()))
 
 
+def test_there_are_as_many_pairs_as_asked_for():
+    """Those that a small matrix has not are 0."""
+    a = weight(3, 5)
+    h, g = OnebitOptions(rank=4).svid(a)
+    assert h.shape == (4, 3) and g.shape == (4, 5) and not h[3].any() and not g[3].any()
+    assert torch.allclose(h.T @ g, a.abs(), atol=1e-5)
+
+
 def test_the_error_is_below_that_of_the_best_rank_one_matrix():
     """Proposition 2."""
     a = weight()

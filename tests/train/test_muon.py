@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from signbit.errors import OptionError
-from signbit.train import Muon, Together, orthogonalized
+from signbit.methods import METHODS
+from signbit.ptq import Plan
+from signbit.train import Muon, Together, Trained, TrainOptions, latents, orthogonalized, start_training_
+from signbit.train.trainer import muon_beside_adam
+from tests import families
 
 
 def test_singular_values_come_near_one():
@@ -72,3 +76,33 @@ def test_together_is_its_parts_and_their_state_comes_back():
     assert torch.equal(again[1], whole[1])
     again[2].param_groups[0]["lr"] = 0.5
     assert again[2].optimizers[0].param_groups[0]["lr"] == 0.5, "a schedule reaches the parts"
+
+
+def test_latents_are_muons_and_the_rest_is_adams():
+    """With the settings of the run, against each optimizer by itself; gradients of AdamW's parameters alone are cut."""
+    model = families.llama()
+    start_training_(model, METHODS["onebit"], Plan(METHODS["onebit"].options()), Trained(train_embeddings=True))
+    options = TrainOptions(learning_rate=0.02, beta1=0.7, beta2=0.8, weight_decay=0.3, max_grad_norm=0.5)
+    optimizer = muon_beside_adam(model, options)
+    matrices = latents(model)
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not matrix for matrix in matrices)]
+    assert len(matrices) == 14 and len(rest) == 28 + 5 + 2
+    copies = [[nn.Parameter(p.detach().clone()) for p in some] for some in (matrices, rest)]
+    alone = Muon(copies[0], lr=0.02), torch.optim.AdamW(copies[1], lr=0.02, betas=(0.7, 0.8), weight_decay=0.3)
+    for size in (1e-4, 1.0):
+        for ours, theirs in zip([*matrices, *rest], [*copies[0], *copies[1]], strict=True):
+            ours.grad = size * torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        nn.utils.clip_grad_norm_(copies[1], 0.5)
+        for some in (optimizer, *alone):
+            some.step()
+    for ours, theirs in zip([*matrices, *rest], [*copies[0], *copies[1]], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_torch_without_muon_is_told(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
+    with pytest.raises(OptionError, match=r"muon needs torch 2\.9 or newer, this is 2\.8\.0; use --optim adamw_torch"):
+        TrainOptions()
+    TrainOptions(optim="adamw_torch")

@@ -92,6 +92,9 @@ def test_a_frozen_head_gets_no_gradient():
     [
         ({"kd_alpha": 1.5}, "it is a share, from 0 to 1"),
         ({"kd_temperature": 0.0}, "a positive number"),
+        ({"kd_temperature": math.inf}, "a positive number"),
+        ({"kd_loss_scale": math.nan}, "a weight is 0 or more"),
+        ({"kd_beta": math.inf}, "a weight is 0 or more"),
         ({"kd_direction": "sideways"}, "allowed: forward, reverse, mixed"),
     ],
 )

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
+from signbit.errors import OptionError
 from signbit.hub.load import load_any
 from signbit.linear import PackedLinear
 from signbit.methods import METHODS
@@ -18,7 +19,7 @@ from signbit.models import Shape
 from signbit.ops import cpu
 from signbit.train import Schedule, Trained, start_training_
 from tests import families
-from tests.train.runs import metrics
+from tests.train.runs import metrics, trainer_of
 
 SHAPE = "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4"
 METHOD_WORDS = {
@@ -175,17 +176,11 @@ def test_runs_of_all_objectives_are_compared_by_the_next_token(llama_dir, text, 
 
 def test_passes_are_steps(llama_dir, text, tmp_path):
     """6000 words and a boundary are 375 blocks of 16, of which 2 are held out: two passes are 746 blocks, 186 steps of 4."""
-    from signbit.hub import distill as module
-
-    made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.DistillTrainer, "run", lambda self, *args: made.update(self=self) or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            main(
-                f"pretrain {SHAPE} -o {tmp_path}/run --tokenizer {llama_dir} --data {text} --max-passes 2 "
-                "--sequence-length 16 --batch-size 4 --validation-blocks 2".split()
-            )
-    assert made["self"].budget.max_steps == 186
+    command = (
+        f"pretrain {SHAPE} -o {tmp_path}/run --tokenizer {llama_dir} --data {text} --max-passes 2 --sequence-length 16 "
+        "--batch-size 4 --validation-blocks 2"
+    )
+    assert trainer_of(command).budget.max_steps == 186
 
 
 def test_decay_reaches_norms_and_scales_if_told_to(llama_dir, text, tmp_path):
@@ -209,6 +204,12 @@ def test_a_line_falls_in_a_line_and_a_cosine_in_a_cosine():
     cosine = [Schedule(warmup_steps=4, last_share=0.1).factor((s + 1) / 10, s) for s in range(10)]
     want = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(1, 7)]
     assert cosine == pytest.approx([0.25, 0.5, 0.75, 1, *want])
+
+
+def test_a_warm_up_is_not_shorter_than_none():
+    with pytest.raises(OptionError, match="warmup_steps is -1; it is a number of steps, 0 or more"):
+        Schedule(warmup_steps=-1)
+    assert Schedule(warmup_steps=0).factor(0.0, 0) == 1
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_a_run_from_the_file_is_near_the_live_one(teacher, text, tmp_path, capsy
     assert "the 64 likeliest of 64 tokens behind each of 1,488, 380.9 kB" in said
     assert f"--teacher-logits {logits} --sequence-length 16" in said
     inner = distill_module._dense
-    monkeypatch.setattr(distill_module, "_dense", lambda *args: loaded.append(args) or inner(*args))
+    monkeypatch.setattr(distill_module, "_dense", lambda *args, **more: loaded.append(args) or inner(*args, **more))
     assert run(teacher, text, tmp_path / "live", "--kd-alpha", "0.8") == 0
     assert len(loaded) == 2
     assert run(teacher, text, tmp_path / "taught", "--kd-alpha", "0.8", "--teacher-logits", str(logits)) == 0

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 import signbit
 from signbit.cli import main
@@ -36,8 +37,10 @@ from signbit.train import (
     pack_training_,
     start_training_,
 )
+from signbit.train import trainer as trainer_module
+from signbit.train.checkpoints import checkpoints
 from tests import families
-from tests.train.runs import metrics
+from tests.train.runs import metrics, trainer_of
 
 
 def run(llama_dir, text, out, *more, method="onebit", steps=8):
@@ -69,7 +72,10 @@ def test_resuming_gives_the_same_metrics(llama_dir, text, tmp_path, capsys):
     assert run(llama_dir, text, whole) == 0
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoint-8")
-    (cut / ".unfinished" / "checkpoint-6").mkdir(parents=True)  # as a kill while it was written leaves it
+    # As kills leave them that come while they are written.
+    (cut / ".unfinished" / "checkpoint-6").mkdir(parents=True)
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')
     assert run(llama_dir, text, cut, "--resume") == 0, capsys.readouterr().err
     assert metrics(cut) == metrics(whole)
     one, other = (load_file(out / "checkpoint-8" / "model.safetensors") for out in (whole, cut))
@@ -338,6 +344,11 @@ def test_a_parameter_that_is_no_number_is_not_saved(tmp_path):
         made.run()
 
 
+def test_an_optimizer_that_is_not_installed_is_told(tmp_path):
+    with pytest.raises(OptionError, match=r"--optim adamw_torch_xla cannot be had here \(.*torch_xla.*\); muon and"):
+        trainer(tmp_path, families.llama(), families.llama(), optim="adamw_torch_xla").run()
+
+
 def test_text_that_changed_is_not_gone_on_with(llama_dir, text, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(llama_dir, text, out, steps=2) == 0
@@ -356,34 +367,84 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(llama_dir
     assert metrics(cut) == metrics(whole)
 
 
-def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    clock = [0.0]
-    made = trainer(tmp_path, families.llama(), families.llama(), save_every=100)
-    made.args.max_steps = 100
-    made.budget = Budget(None, 1.0, clock=lambda: clock[0])
-    inner, rates = made.training_step, []
+def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path):
+    """The first step of each start, in which torch.compile works, does not count."""
+    clock, rates = [0.0], {}
+    data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(200)]
 
-    def training_step(*args, **kwargs):
-        clock[0] += 10.0
-        rates.append(made.optimizer.param_groups[0]["lr"])
-        return inner(*args, **kwargs)
+    def run(checkpoint=None):
+        made = trainer(tmp_path, families.llama(), families.llama(), data=data, save_every=4)
+        made.args.max_steps = 100
+        made.budget = Budget(None, 1.0, clock=lambda: clock[0])
+        inner = made.training_step
 
-    made.training_step = training_step
-    made._data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(200)]
-    made.run()
-    # The first step, in which torch.compile works, does not count: six more take a minute.
-    assert made.state.global_step == 7
-    assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates) <= 1e-3 and rates[-1] < rates[3]
-    assert json.loads((tmp_path / "checkpoint-7" / "signbit.json").read_text()) == {
-        "used_s": 60.0,
-        "step": 7,
-        "skipped": [],
-    }
+        def training_step(*args, **kwargs):
+            clock[0] += 10.0
+            rates[made.state.global_step] = made.optimizer.param_groups[0]["lr"]
+            return inner(*args, **kwargs)
+
+        made.training_step = training_step
+        made.run(checkpoint)
+        return made.state.global_step
+
+    def state(step):
+        return json.loads((tmp_path / f"checkpoint-{step}" / "signbit.json").read_text())
+
+    assert run() == 7 and state(7) == {"used_s": 60.0, "step": 7, "skipped": []}
+    assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates.values()) <= 1e-3 and rates[6] < rates[3]
+    before = dict(rates)
+    clock[0] = 5000.0
+    assert state(4)["used_s"] == 30.0
+    assert run(tmp_path / "checkpoint-4") == 8 and state(8) == {"used_s": 60.0, "step": 8, "skipped": []}
+    assert [rates[step] for step in (4, 5, 6, 7)] == [before[step] for step in (4, 5, 5, 6)], "used minutes count"
 
 
 def test_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(OptionError, match="the teacher has 80 tokens in its vocabulary and the student 64"):
         trainer(tmp_path, teacher=families.llama(vocab_size=80))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kd_beta": 1.0}, r"--kd-beta compares hidden states .* teacher has 3 layers of hidden_size 32, .* 2 of 32"),
+        ({"kd_beta_last": 1.0}, "--kd-beta compares hidden states"),
+        ({"kd_gamma": 1.0}, "--kd-gamma compares attentions .* layers of num_attention_heads 4, .*; leave it out"),
+    ],
+)
+def test_layers_that_the_other_model_has_not_are_not_compared(values, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        trainer(tmp_path, families.llama(), families.llama(num_hidden_layers=3), Objective(**values))
+    trainer(tmp_path, families.llama(), families.llama(num_hidden_layers=3))
+
+
+def test_sequences_longer_than_a_model_has_positions(tmp_path, capsys):
+    """Learned ones end; others were only not trained."""
+    with pytest.raises(
+        OptionError, match=r"the student has 128 positions, and --sequence-length is 129; give .* 128 or"
+    ):
+        trainer(tmp_path, families.opt(), families.llama(), sequence_length=129)
+    trainer(tmp_path, families.opt(), families.opt(), sequence_length=128)
+    assert "note" not in capsys.readouterr().err
+    trainer(tmp_path, families.llama(), families.llama(), sequence_length=129)
+    assert "note: the teacher was made for 128 positions, and --sequence-length is 129" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": -1.0}, r"--learning-rate is -1\.0; a number of 0 or more"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"weight_decay": float("inf")}, "--weight-decay is inf"),
+        ({"beta2": 1.0}, r"--beta2 is 1\.0; it is a share, from 0 to below 1"),
+        ({"max_grad_norm": -1.0}, r"--max-grad-norm is -1\.0; it is a norm, or 0"),
+        ({"report_to": ("paper",)}, "--report-to is 'paper'; tensorboard, trackio and wandb are allowed"),
+        ({"report_to": ("swanlab",)}, "--report-to swanlab needs a package that is not installed: pip install swanlab"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(values, message):
+    with pytest.raises(OptionError, match=message):
+        TrainOptions(**values)
 
 
 def test_more_processes_than_gpus_are_refused(llama_dir, text, tmp_path, monkeypatch, capsys):
@@ -406,19 +467,91 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 
 def test_parts_of_a_batch_add_up_to_it(tmp_path):
-    """Gradient accumulation: the same steps as with the whole batch at once."""
+    """Gradient accumulation: the same steps, and lines of metrics, as with the whole batch at once."""
     data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(16)]
-    base, teacher = families.llama(), families.llama()
-    states = []
+    base, teacher, objective = families.llama(), families.llama(), Objective(kd_alpha=0.5, kd_beta=0.5)
+    how = {"data": data, "batch_size": 4, "optim": "adamw_torch", "log_every": 2}
+    states, lines = [], []
     for parts in (1, 2):
-        student = families.llama()
+        student, out = families.llama(), tmp_path / str(parts)
         student.load_state_dict(base.state_dict())
-        one = trainer(
-            tmp_path / str(parts), student, teacher, data=data, batch_size=4, accumulation=parts, optim="adamw_torch"
-        )
-        one.run()
+        trainer(out, student, teacher, objective, accumulation=parts, **how).run()
         states.append({name: p.detach().clone() for name, p in student.named_parameters()})
+        lines.append(metrics(out))
     assert all((states[0][n] - states[1][n]).abs().max() <= 1e-5 for n in states[0])
+    for one, other in zip(*lines, strict=True):
+        for name in ("loss", "kl", "cross_entropy", "hidden", "grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_blocks_are_computed_again_for_the_gradient(tmp_path):
+    """Gradient checkpointing: each block twice a step, and the run of one that kept what it computed."""
+    data = [{"input_ids": torch.randint(3, 60, (8,))} for _ in range(4)]
+    base, teacher, objective = families.llama(), families.llama(), Objective(kd_beta=0.5)
+    lines, passes = [], []
+    for again in (False, True):
+        student, out, calls = families.llama(), tmp_path / str(again), []
+        student.load_state_dict(base.state_dict())
+        made = trainer(out, student, teacher, objective, data, max_steps=2, gradient_checkpointing=again)
+        made.model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *given, calls=calls: calls.append(given))
+        made.run()
+        lines.append(metrics(out))
+        passes.append(len(calls))
+    assert passes == [2, 4] and lines[0] == lines[1]
+
+
+def test_lines_and_checkpoints_are_as_many_as_asked_for(tmp_path):
+    """There is a line at each checkpoint too, at which a resumed run can begin to count; a copy of one is left alone."""
+    (tmp_path / "checkpoint-2-copy").mkdir()
+    made = trainer(
+        tmp_path, families.llama(), families.llama(), max_steps=5, log_every=3, save_every=2, keep_checkpoints=2
+    )
+    made.run()
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4, 5]
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-4", "checkpoint-5", "checkpoint-2-copy"}
+
+
+def test_reports_have_what_a_line_of_metrics_has(tmp_path, monkeypatch):
+    told = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.append({"step": state.global_step, **logs})
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "swanlab", Reporter)
+    monkeypatch.setattr(trainer_module, "get_available_reporting_integrations", lambda: ["swanlab"])
+    how = {"max_steps": 2, "learning_rate": 0.02, "report_to": ("swanlab",)}
+    trainer(tmp_path, families.llama(), families.llama(), Objective(kd_beta=1.0), **how).run()
+    for line, report in zip(metrics(tmp_path), told, strict=False):
+        for name in ("step", "loss", "kl", "hidden", "flips", "grad_norm", "learning_rate"):
+            assert report[name] == line[name], name
+        assert "tokens_per_s" in report
+
+
+def test_the_newest_complete_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for step in (9, 10, 100, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 1000:
+            (tmp_path / f"checkpoint-{step}" / "signbit.json").touch()
+    for name in (".unfinished/checkpoint-2000", "checkpoint-100-copy", "checkpoint-best"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "signbit.json").touch()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+    assert last_checkpoint(tmp_path).name == "checkpoint-100"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrapper"),
+    [("FSDP", "FSDPModule"), ("DEEPSPEED", "DeepSpeedEngine"), ("MULTI_GPU", "DistributedDataParallel")],
+)
+def test_what_stands_around_the_student_is_what_the_launch_asked_for(kind, wrapper, tmp_path):
+    made = trainer(tmp_path, families.llama(), families.llama())
+    made.engine = {"kind": kind, "processes": 2}
+    with pytest.raises(TrainingError, match=f"accelerate was to give {wrapper} for {kind}, and gave LlamaForCausalLM"):
+        made.run()
+    made.model_wrapped = type(wrapper, (torch.nn.Module,), {})()
+    made.check_wrapped()
 
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path):
@@ -451,6 +584,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"step 4 could not be written .*No space left.*checkpoint-2 is complete"):
         made.run()
     assert last_checkpoint(tmp_path).name == "checkpoint-2" and not (tmp_path / ".unfinished").exists()
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
+    made = trainer(tmp_path, families.llama(), families.llama(), save_every=2)
+    inner = made.training_step
+
+    def training_step(*args, **kwargs):
+        if made.state.global_step == 2:
+            made.metrics._path = tmp_path
+        return inner(*args, **kwargs)
+
+    made.training_step = training_step
+    with pytest.raises(
+        TrainingError, match=r"could not be written \(Is a directory\); .*checkpoint-2 is the last good"
+    ):
+        made.run()
 
 
 def test_flips_are_counted_layer_by_layer():
@@ -525,9 +674,30 @@ def test_a_directory_of_another_run_is_not_gone_on_with(llama_dir, text, tmp_pat
 
 
 def test_a_packed_teacher_may_teach(llama_dir, text, tmp_path, capsys):
-    assert main(f"quantize {llama_dir} -o {tmp_path}/packed --method absmean".split()) == 0
-    assert run(f"{tmp_path}/packed", text, tmp_path / "run", steps=2) == 0, capsys.readouterr().err
+    """And be the start; its head and embeddings, in 8 bits, stay one tensor."""
+    packed = f"{tmp_path}/packed"
+    assert main(f"quantize {llama_dir} -o {packed} --method absmean --head int8".split()) == 0
+    assert run(packed, text, tmp_path / "run", "--train-embeddings", steps=2) == 0, capsys.readouterr().err
     assert main(f"pack {tmp_path}/run -o {tmp_path}/again".split()) == 0, capsys.readouterr().err
+    model, ids = distill_module._dense(packed, "cpu", torch.float32), torch.randint(3, 60, (2, 12))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    want = load_any(packed, "float32")(ids).logits
+    assert (model(ids).logits - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_a_packed_teacher_with_norms_of_its_own_may_teach_and_is_no_start(llama_dir, text, tmp_path, capsys):
+    packed = f"{tmp_path}/packed"
+    assert main(f"quantize {llama_dir} -o {packed} --method onebit --norm layer".split()) == 0
+    assert run(packed, text, tmp_path / "run", steps=2) == 1
+    assert "q_proj has norms, quantized activations or a multiplier of its own; it cannot" in capsys.readouterr().err
+    made = trainer_of(
+        f"pretrain --model {llama_dir} --teacher {packed} -o {tmp_path}/taught --data {text} --max-steps 2 "
+        "--sequence-length 16 --batch-size 4"
+    )
+    ids = torch.randint(3, 60, (4, 16), device=made.args.device)
+    want = load_any(packed, "float32", str(made.args.device))(ids).logits
+    with torch.no_grad():
+        assert torch.allclose(made.teacher(ids).logits.float(), want, rtol=0.02, atol=0.02 * float(want.abs().max()))
 
 
 def test_a_teacher_in_eight_bits_teaches_nearly_the_same(llama_dir, text, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ from signbit.hub.load import load_any, load_config, load_tokenizer, torch_device
 from signbit.hub.quantizer import finish_
 from signbit.hub.save import save, save_dense
 from signbit.hub.stream import source_digests
-from signbit.linear import Int8Head, PackedLinear
+from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.methods import METHODS
 from signbit.methods.base import find_method
 from signbit.models import Shape, set_module
@@ -55,6 +55,7 @@ from signbit.train import (
     start_dense_,
     start_training_,
 )
+from signbit.train.checkpoints import write_whole
 from signbit.train.plot import plot_run
 from signbit.train.spikes import checkpoint_without
 from signbit.version import VERSION
@@ -126,23 +127,54 @@ def _config(settings: dict[str, Any]) -> SignbitConfig:
     return SignbitConfig(**values, **settings["options"])
 
 
-def _dense(name: str, device: str, dtype: torch.dtype) -> Any:
-    """A teacher with dense linears: a packed one's are unpacked."""
+def _dense(name: str, device: str, dtype: torch.dtype, start: bool = True) -> Any:
+    """A model with dense linears, embeddings and head: a packed one's are unpacked.
+
+    What no dense layer computes (norms and quantized activations of packed layers, int8 embeddings with a multiplier) stays
+    packed in a teacher; in a `start` it raises FormatError.
+    """
     model = load_any(name, str(dtype).removeprefix("torch."), device)
+    tied: dict[int, torch.nn.Parameter] = {}
     for path, module in list(model.named_modules()):
+        if not isinstance(module, (PackedLinear, Int8Embedding, Int8Head)):
+            continue
         if isinstance(module, PackedLinear):
-            if module.norm_in != "none" or module.norm_out != "none" or module.act_bits:
-                raise FormatError(f"{name}: {path} has norms or quantized activations of its own; it cannot be a start")
-            dense = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            dense.weight.data = module.to_dense(dtype)
-            if module.bias is not None:
-                dense.bias.data = module.bias.detach().to(dtype)
-            parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, dense.to(device))
+            plain = module.norm_in == module.norm_out == "none" and not module.act_bits
+        else:
+            plain = getattr(module, "multiplier", 1.0) == 1
+        if plain:
+            set_module(model, path, _unpacked(module, dtype, tied).to(device))
+        elif start:
+            raise FormatError(
+                f"{name}: {path} has norms, quantized activations or a multiplier of its own; it cannot be a start"
+            )
     if getattr(model, "hf_quantizer", None) is not None:  # no longer: transformers refuses to train a quantized model
         model.hf_quantizer.remove_quantization_config(model)
         model.hf_quantizer = None
     return model
+
+
+def _unpacked(
+    module: PackedLinear | Int8Embedding | Int8Head, dtype: torch.dtype, tied: dict[int, torch.nn.Parameter]
+) -> torch.nn.Module:
+    """The dense layer that computes what a packed one does; of int8 codes in two places, in `tied`, one tensor is made."""
+    if isinstance(module, PackedLinear):
+        weight = torch.nn.Parameter(module.to_dense(dtype))
+    else:
+        place = module.weight.data_ptr()
+        if place not in tied:
+            tied[place] = torch.nn.Parameter(module.to_dense(dtype))
+        weight = tied[place]
+    rows, columns = weight.shape
+    dense: torch.nn.Module
+    if isinstance(module, Int8Embedding):
+        dense = torch.nn.Embedding(rows, columns, device="meta")
+    else:
+        dense = torch.nn.Linear(columns, rows, bias=module.bias is not None, device="meta")
+        if module.bias is not None:
+            dense.bias = torch.nn.Parameter(module.bias.detach().to(dtype))
+    dense.weight = weight
+    return dense
 
 
 def _files(
@@ -275,7 +307,7 @@ def train(
         tokenizer.save_pretrained(out / "tokenizer")
         described = {**recipe.to_dict(), "engine": trainer.engine, "tokens": tokens, "teacher_logits": told}
         described["report"] = asdict(report)
-        (out / RUN).write_text(json.dumps(described, indent=2) + "\n")
+        write_whole(out / RUN, json.dumps(described, indent=2) + "\n")
     trainer.run(checkpoint)
     if not trainer.is_world_process_zero():
         return None
@@ -321,7 +353,8 @@ def _teacher(name: str, options: TrainOptions, where: str) -> Any:
     device, kept = options.teacher_device or where, options.teacher_dtype
     halves = torch.device(device).type != "cpu" and options.precision != "float32"
     chosen = torch.bfloat16 if halves else torch.float32
-    teacher = _dense(name, device, chosen if kept in ("auto", "int8") else getattr(torch, kept))
+    dtype = chosen if kept in ("auto", "int8") else getattr(torch, kept)
+    teacher = _dense(name, device, dtype, start=False)
     if kept == "int8":
         prefix, blocks = find_blocks(teacher)
         for path, module in list(blocks.named_modules()):

@@ -72,7 +72,10 @@ class OnebitOptions(MethodOptions):
             raise OptionError(f"latent_size is {self.latent_size}; a positive number is needed (0.02)")
 
     def svid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """h float32 [rank, N] and g float32 [rank, K] of `weight` [N, K]: the best Σᵣ hᵣ gᵣᵀ for |W|."""
+        """h float32 [rank, N] and g float32 [rank, K] of `weight` [N, K]: the best Σᵣ hᵣ gᵣᵀ for |W|.
+
+        Pairs beyond N or K, which no matrix has, are 0.
+        """
         size = weight.detach().float().abs()
         if self.vectors == "rows":
             return size.mean(dim=1)[None], torch.ones(1, size.shape[1], device=size.device)
@@ -82,6 +85,8 @@ class OnebitOptions(MethodOptions):
             u, s, v = torch.svd_lowrank(size, q=min(self.rank + 8, *size.shape), niter=8)
             root = s[: self.rank].sqrt()
             h, g = (u[:, : self.rank] * root).T, (v[:, : self.rank] * root).T
+            more = self.rank - len(h)
+            h, g = F.pad(h, (0, 0, 0, more)), F.pad(g, (0, 0, 0, more))
             turn = torch.where(g.sum(dim=1) < 0, -1.0, 1.0)[:, None]
             h, g = h * turn, g * turn
         else:

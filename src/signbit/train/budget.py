@@ -30,6 +30,8 @@ class Schedule:
             raise OptionError(f"warmup_share is {self.warmup_share}; it is a share, from 0 to below 1")
         if not 0 <= self.last_share <= 1:
             raise OptionError(f"last_share is {self.last_share}; it is a share, from 0 to 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise OptionError(f"warmup_steps is {self.warmup_steps}; it is a number of steps, 0 or more")
         check_choice("lr_decay", self.lr_decay, ("cosine", "linear"))
 
     def factor(self, done: float, step: int) -> float:
@@ -53,7 +55,7 @@ def check_length(max_steps: int | None, max_minutes: float | None, max_passes: f
     if max_steps is not None and max_steps < 1:
         raise OptionError(f"--max-steps is {max_steps}; at least one step is needed")
     for name, value in (("minutes", max_minutes), ("passes", max_passes)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise OptionError(f"--max-{name} is {value}; a positive number is needed")
 
 

@@ -17,19 +17,34 @@ _PREFIX = "checkpoint-"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The lines of a run's metrics.jsonl; the last one is none if a kill cut it short."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is all there or as it was before."""
+    made = path.with_name(f"{path.name}{UNFINISHED}")
+    made.write_text(text, encoding="utf-8")
+    os.replace(made, path)
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, the newest first."""
-    found = [path for path in out.glob(f"{_PREFIX}*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+    steps = {path: path.name.removeprefix(_PREFIX) for path in out.glob(f"{_PREFIX}*")}
+    found = [path for path, step in steps.items() if step.isdecimal() and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: -int(steps[path]))
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     return next(iter(checkpoints(out)), None)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Takes a checkpoint away, which is incomplete from the first moment on."""
+    (path / STATE).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def finish_checkpoint(out: Path, step: int, state: dict[str, Any]) -> None:
@@ -41,6 +56,6 @@ def finish_checkpoint(out: Path, step: int, state: dict[str, Any]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     if final.exists():
-        shutil.rmtree(final)
+        remove_checkpoint(final)
     os.replace(made, final)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)

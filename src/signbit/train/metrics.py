@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from signbit.errors import TrainingError
-from signbit.train.checkpoints import METRICS, STATE, last_checkpoint
+from signbit.train.checkpoints import METRICS, STATE, last_checkpoint, read_metrics, write_whole
 from signbit.train.spikes import Spike, chunk_at, usual_loss
 from signbit.train.students import latents
 
@@ -41,8 +41,8 @@ class Metrics(TrainerCallback):
     def forget_after(self, step: int) -> None:
         """Takes the lines of steps after `step` away, which will be made again."""
         if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self._path.write_text("".join(f"{line}\n" for line in lines))
+            lines = [line for line in read_metrics(self._path) if line["step"] <= step]
+            write_whole(self._path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
     def remember(self, lines: list[dict[str, Any]]) -> None:
         """Begins with the lines that there are, against whose losses new ones are held."""
@@ -71,8 +71,15 @@ class Metrics(TrainerCallback):
         return True
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            last = last_checkpoint(self._trainer.out)
+            kept = f"{last} is the last good checkpoint" if last else "there is no checkpoint yet"
+            raise TrainingError(
+                f"{self._path} could not be written ({error.strerror}); {kept}. Free space, then go on with --resume"
+            ) from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget = self._trainer.budget

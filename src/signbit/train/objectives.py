@@ -54,9 +54,9 @@ class Objective:
             raise OptionError(f"kd_alpha is {self.kd_alpha}; it is a share, from 0 to 1")
         for name in ("kd_loss_scale", "kd_beta", "kd_beta_last", "kd_gamma"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise OptionError(f"{name} is {value}; a weight is 0 or more")
-        if not self.kd_temperature > 0:
+        if not 0 < self.kd_temperature < math.inf:
             raise OptionError(f"kd_temperature is {self.kd_temperature}; a positive number is needed")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -17,8 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from signbit.errors import OptionError, TrainingError
@@ -34,6 +35,7 @@ from signbit.train.checkpoints import (
     finish_checkpoint,
     last_checkpoint,
     read_metrics,
+    remove_checkpoint,
 )
 from signbit.train.compiling import compiled, compiled_once, repeatable
 from signbit.train.divided import local, whole
@@ -128,8 +130,18 @@ class TrainOptions:
             raise OptionError(
                 f"--skip-chunks is {' '.join(map(str, self.skip_chunks))}; each chunk is named once, by its number from 0"
             )
-        if self.learning_rate < 0:
-            raise OptionError(f"--learning-rate is {self.learning_rate}; it cannot be negative")
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; a number of 0 or more is needed"
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it is a share, from 0 to below 1"
+                )
+        if not self.max_grad_norm >= 0:
+            raise OptionError(f"--max-grad-norm is {self.max_grad_norm}; it is a norm, or 0 to cut nothing")
         known = [name.value for name in OptimizerNames]
         if self.optim != "muon" and self.optim not in known:
             raise OptionError(f"--optim is {self.optim!r}; muon and transformers' are allowed: {', '.join(known)}")
@@ -141,6 +153,14 @@ class TrainOptions:
             raise OptionError("--cuda-graph needs a CUDA device, and there is none here; leave it out")
         if self.optim == "muon" and not hasattr(torch.optim, "Muon"):
             raise OptionError(f"muon needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw_torch")
+        for name in self.report_to:
+            if name not in ("none", *INTEGRATION_TO_CALLBACK):
+                raise OptionError(
+                    f"--report-to is {name!r}; tensorboard, trackio and wandb are allowed, and what else transformers "
+                    f"reports to: {', '.join(INTEGRATION_TO_CALLBACK)}"
+                )
+            if name != "none" and name not in get_available_reporting_integrations():
+                raise OptionError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 
     def check_top(self) -> None:
         """Raises OptionError for what does not go with a teacher's likeliest tokens in its place."""
@@ -245,6 +265,11 @@ class DistillTrainer(Trainer):
             raise OptionError(
                 f"--cuda-graph is for one GPU, and this launch has {self.engine['processes']}; leave it out"
             )
+        for who, model in (("student", student), ("teacher", teacher)):
+            if model is not None:
+                _check_positions(who, model, options.sequence_length)
+        if teacher is not None:
+            _check_layers(student, teacher, objective)
         self._states, self._taught = States(student), None if teacher is None else States(teacher)
         self.head = head_of(student, self._states)
         self.teacher_head: Head | None = None
@@ -277,7 +302,9 @@ class DistillTrainer(Trainer):
         self.flips = Flips(student)
         self.metrics = Metrics(self)
         self.remove_callback(PrinterCallback)
-        self.add_callback(self.metrics)
+        # Behind what says when there is a line, before those who report it (--report-to) and so see what it adds.
+        told = self.callback_handler.callbacks
+        told.insert(1 + [isinstance(one, DefaultFlowCallback) for one in told].index(True), self.metrics)
 
     # What is learnt from.
 
@@ -385,7 +412,13 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None and self.options.optim == "muon":
             self.optimizer = muon_beside_adam(self.model, self.options)
-        return super().create_optimizer(model)
+        try:
+            return super().create_optimizer(model)
+        except (ImportError, ValueError) as error:
+            raise OptionError(
+                f"--optim {self.options.optim} cannot be had here ({str(error).strip().splitlines()[0]}); muon and adamw_torch "
+                "need no more than torch"
+            ) from error
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.options.decay_all:
@@ -434,7 +467,8 @@ class DistillTrainer(Trainer):
                 finish_checkpoint(
                     self.out, step, {"used_s": self.budget.used_s, "step": step, "skipped": sorted(self.skipped)}
                 )
-                rotate_checkpoints(output_dir=str(self.out), save_total_limit=self.options.keep_checkpoints)
+                for path in checkpoints(self.out)[self.options.keep_checkpoints :]:
+                    remove_checkpoint(path)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
             kept = f"{last} is complete" if last else "there is no earlier one"
@@ -473,7 +507,7 @@ class DistillTrainer(Trainer):
             if path == checkpoint:
                 break
             print(f"note: {path} has learnt from a chunk that is skipped now, and is removed", file=sys.stderr)
-            shutil.rmtree(path)
+            remove_checkpoint(path)
         self.metrics.forget_after(step)
 
     def _train_from(self, checkpoint: Path | None, step: int) -> None:
@@ -521,6 +555,36 @@ def _check_engine(kind: str, optim: str, trains_head: bool) -> None:
         raise OptionError(
             "--train-embeddings needs the whole head, which DeepSpeed keeps in parts; use FSDP2, or leave it"
         )
+
+
+def _check_positions(who: str, model: Any, length: int) -> None:
+    """Raises OptionError for sequences of more tokens than a model has learned positions; others are only told of."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or length <= limit:
+        return
+    words = model.get_input_embeddings()
+    if any(isinstance(module, nn.Embedding) and module is not words for module in model.modules()):
+        raise OptionError(
+            f"the {who} has {limit} positions, and --sequence-length is {length}; give --sequence-length {limit} or less"
+        )
+    print(f"note: the {who} was made for {limit} positions, and --sequence-length is {length}", file=sys.stderr)
+
+
+def _check_layers(student: Any, teacher: Any, objective: Objective) -> None:
+    """Raises OptionError where the objective compares layers that the other model has not."""
+
+    def sizes(model: Any, *names: str) -> tuple[int, ...]:
+        return (len(find_blocks(model)[1]), *(getattr(model.config.get_text_config(), name) for name in names))
+
+    for flag, wanted, what, name in (
+        ("--kd-beta", objective.looks_at_hidden, "hidden states", "hidden_size"),
+        ("--kd-gamma", objective.kd_gamma > 0, "attentions", "num_attention_heads"),
+    ):
+        if wanted and (ours := sizes(student, name)) != (theirs := sizes(teacher, name)):
+            raise OptionError(
+                f"{flag} compares {what} layer by layer: the teacher has {theirs[0]} layers of {name} {theirs[1]}, the "
+                f"student {ours[0]} of {ours[1]}; leave it out, or give them one shape"
+            )
 
 
 #: More steps than any run under a budget of minutes makes.
