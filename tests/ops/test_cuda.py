@@ -134,16 +134,14 @@ def test_slices_turn_into_a_dense_matrix_where_their_costs_cross(monkeypatch):
     size, scale = (4096, 4096), torch.empty(0)
     packets = torch.empty(int(0.01625 * 4096 * 4096), 0)  # of 10 % salient values: 2.6 bytes a value, 16 a packet
     plain = on_paper(monkeypatch, *size, 1)
-    assert 80 <= plain.dense_from("exact") <= 110 and 80 <= plain.dense_from("int8") <= 110
+    assert 60 <= plain.dense_from("exact") <= 85 and 60 <= plain.dense_from("int8") <= 85
     grouped = on_paper(monkeypatch, *size, 32, halves=True)
     assert 55 <= grouped.dense_from("exact") < plain.dense_from("exact")
     salient = on_paper(monkeypatch, *size, 1, salient_codes=packets, salient_scale=scale)
-    assert 70 <= salient.dense_from("exact") <= 90 and 300 <= salient.dense_from("int8") <= 330
+    assert 60 <= salient.dense_from("exact") <= 80 and 140 <= salient.dense_from("int8") <= 180
     planes = on_paper(monkeypatch, *size, 1, planes=2, shift=scale)
-    assert 850 <= planes.dense_from("int8") <= 1050
+    assert 80 <= planes.dense_from("exact") <= 100 and 130 <= planes.dense_from("int8") <= 175
     assert on_paper(monkeypatch, *size, 1, in_shift=scale).dense_from("int8") == cuda.NEVER
-    heavy = on_paper(monkeypatch, *size, 1, salient_codes=torch.empty(size[0] * size[1], 0), salient_scale=scale)
-    assert heavy.dense_from("exact") == cuda.MOST_TOKENS + 1
     monkeypatch.setattr(cuda, "_FLOAT_SUMS", False)
     for slices in (on_paper(monkeypatch, *size, 32, halves=True), on_paper(monkeypatch, *size, 1, shift=scale)):
         assert slices.dense_from("int8") == cuda.NEVER
@@ -351,7 +349,7 @@ def test_sizes(kind, n, k):
 @needs_gpu
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_the_dense_matrix_is_that_of_the_definition(kind):
-    for n, k, groups in ((24, 128, 4), (40, 1056, 3), (17, 333 if kind in cases.TERMS else 352, 1)):
+    for n, k, groups in ((24, 128, 4), (40, 1056, 3), (17, 333, 1) if kind in cases.TERMS else (20, 352, 1)):
         w = on_gpu(cases.make(kind, n, k, groups=groups))
         if cuda.unsupported(w.operands()):
             assert kind not in cases.TERMS

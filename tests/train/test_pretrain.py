@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
@@ -172,6 +172,27 @@ def test_runs_of_all_objectives_are_compared_by_the_next_token(llama_dir, text, 
     assert held["ar"]["validation_cross_entropy"] == pytest.approx(expected, rel=1e-5)
     assert held["ad"]["validation_cross_entropy"] == pytest.approx(expected, rel=1e-5)
     assert held["ad"]["validation_loss"] != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("start", ["shape", "random"])
+def test_the_padding_token_is_a_token_like_others(start, llama_dir, text, tmp_path):
+    """It often stands between documents; transformers makes it 0 and gives it no gradient."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_dir), AutoTokenizer.from_pretrained(llama_dir)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(7)
+    model.config.pad_token_id = 7
+    model.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    shape = SHAPE if start == "shape" else f"--model {tmp_path}/padded --random"
+    trainer = trainer_of(
+        f"pretrain {shape} -o {tmp_path}/run --tokenizer {tmp_path}/padded --data {text} --max-steps 1 "
+        "--sequence-length 16 --batch-size 4"
+    )
+    assert trainer.model.config.pad_token_id == 7
+    embedding = trainer.model.get_input_embeddings()
+    sizes = embedding.weight.detach().norm(dim=1)
+    assert 0.5 * sizes.mean() < sizes[7] < 2 * sizes.mean()
+    embedding(torch.tensor([7])).sum().backward()
+    assert embedding.weight.grad[7].abs().min() > 0
 
 
 def test_passes_are_steps(llama_dir, text, tmp_path):

@@ -722,13 +722,19 @@ def test_a_teachers_device_that_is_not_there_is_refused(llama_dir, text, tmp_pat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_teacher_may_stand_elsewhere(llama_dir, text, tmp_path, capsys):
-    more = ("--kd-beta", "1", "--precision", "float32")
+    more = (
+        "--kd-beta",
+        "1",
+        "--precision",
+        "float32",
+        "--learning-rate",
+        "0",
+    )  # else rounding would flip signs in time
     assert run(llama_dir, text, tmp_path / "here", *more) == 0
     assert run(llama_dir, text, tmp_path / "there", "--teacher-device", "cpu", *more) == 0
     for line, other in zip(metrics(tmp_path / "here"), metrics(tmp_path / "there"), strict=True):
-        if "hidden" in line:  # its states are summed in another order, which in time flips a sign
-            bound = 1e-3 if line["step"] <= 2 else 0.05
-            assert other["hidden"] == pytest.approx(line["hidden"], rel=bound)
+        for key in {"hidden", "kl", "validation_loss"} & line.keys():
+            assert other[key] == pytest.approx(line[key], rel=1e-3)
     assert run(llama_dir, text, tmp_path / "graph", "--teacher-device", "cpu", "--cuda-graph") == 1
     assert "needs the teacher on the student's device" in capsys.readouterr().err
 

@@ -339,7 +339,15 @@ def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], N
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(where)
         count = sum(parameter.numel() for parameter in model.parameters())
         note(f"the student starts from random weights: {count:,} parameters, a vocabulary of {config.vocab_size}")
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding = model.get_input_embeddings()
+    if (padding := getattr(embedding, "padding_idx", None)) is not None:
+        # Nothing is padded here, and the token may stand between documents: it is learnt like others. Left at 0, as it is
+        # made, norms multiply its gradient by hundreds in each layer.
+        embedding.padding_idx = None
+        if start.model is None or start.random:
+            std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+            torch.nn.init.normal_(embedding.weight.data[padding], std=std)
+    rows = embedding.weight.shape[0]
     if recipe.tokenizer != start.model and rows < needed:
         raise OptionError(
             f"the tokenizer {recipe.tokenizer} has {needed} tokens, the student a vocabulary of {rows}; give the tokenizer "

@@ -35,10 +35,11 @@ NEVER = sys.maxsize
 
 # What the two ways of many tokens cost: milliseconds for the 6.48 G weights of LLaMA-7B's linears on an H100
 # (docs/speed.md; benchmarks.kernels_cuda --crossover measures them). Only their ratios count.
-_SLICE_PLANE, _SLICE_GROUPED = 0.12, 1.35  # a token for each plane; so much more with several scales a row
-_SLICE_PACKETS = 32.0  # a token, if there were a packet of salient values for each weight
-_DENSE, _DENSE_TERMS, _DENSE_TOKEN = 10.4, 51.0, 0.005  # of signs and scales, of all else (10 % salient); a token
-_SPLIT, _SPLIT_TOKEN = 184.0, 0.045  # in two halves (10 % salient, by torch's passes, before `unpack_halves`); a token
+_SLICE_PLANE, _SLICE_GROUPED = 0.16, 1.1  # a token for each plane; so much more with several scales a row
+_SLICE_PACKETS = 34.0  # a token, if there were a packet of salient values for each weight
+_DENSE, _DENSE_TOKEN = 10.7, 0.005  # to make one of signs and scales; a token
+_TERMS_PLANE, _TERMS_PACKETS = 14.6, 2280.0  # to make one of other terms: each plane; packets as above
+_SPLIT_PLANE, _SPLIT_PACKETS, _SPLIT_TOKEN = 23.5, 4950.0, 0.0375  # the same in two halves; a token
 
 _SOURCES = Path(__file__).with_name("kernels")
 _WARPS, _THREADS, _TILE = 16, 512, layout.TILE_COLUMNS
@@ -185,15 +186,16 @@ class Multiplication:
         packets = 0 if self.w.salient_codes is None else len(self.w.salient_codes) / (self._rows * self._columns)
         a_token = self._planes * _SLICE_PLANE * (_SLICE_GROUPED if self._groups > 1 else 1) + packets * _SLICE_PACKETS
         plain = self._planes == 1 and not any(self._terms.values())
-        made, a_dense_token = _DENSE if plain else _DENSE_TERMS, _DENSE_TOKEN
+        made = _DENSE if plain else self._planes * _TERMS_PLANE + packets * _TERMS_PACKETS
+        a_dense_token = _DENSE_TOKEN
         if activations == "int8":
             if self._code_type() is not None:
                 made = _DENSE  # input scales are in the codes
             elif self._splits():
-                made, a_dense_token = _SPLIT, _SPLIT_TOKEN
+                made, a_dense_token = self._planes * _SPLIT_PLANE + packets * _SPLIT_PACKETS, _SPLIT_TOKEN
             else:
                 return NEVER
-        return max(MOST_TOKENS + 1, math.ceil(made / (a_token - a_dense_token)))
+        return math.ceil(made / (a_token - a_dense_token))
 
     def __call__(self, x: Tensor, activations: str, way: Literal["slices", "dense"] | None = None) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the matrix's device; the result has its dtype, [..., N].

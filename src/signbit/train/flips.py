@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from signbit.errors import TrainingError
@@ -77,6 +78,9 @@ class Flips:
         sizes = [signs[0].numel() for signs in self._before for _ in signs]
         counts = torch.stack([torch.cat(self._counts), self._counts[0].new_tensor(sizes)])
         if any(is_divided(layer.weight) for layer in self._layers.values()):
+            counts = counts.to(
+                PartialState().device
+            )  # latents may be offloaded, where the GPUs' backend does not reach
             torch.distributed.all_reduce(counts)
         names = [name for group in self._groups for name in group]
         changed, entries = (dict(zip(names, row, strict=True)) for row in counts.tolist())
