@@ -76,11 +76,13 @@ class BitnetOptions(MethodOptions):
         else:
             centred = parts - parts.mean(dim=1, keepdim=True)
             values = torch.where(centred >= 0, 1.0, -1.0).to(weight.dtype)
+        # β is a constant to autograd; its gradient, Σ G ∘ S with G = dL/dW̃, comes through the signs: from the weights'
+        # gradient, where that of the product would read every token's output again.
+        size, scale = scale, scale.detach()
         if self.ste == "sign":
-            through = centred
+            through = centred + values * (size / scale.clamp_min(_TINY))
         else:
             # All of W ↦ β·values passes: the slope of `values` is 1/β, which the product with β takes back.
-            scale = scale.detach()
             through = parts / scale.clamp_min(_TINY)
         values, through = values.view_as(weight), through.view_as(weight)
         return values, through, scale if self.groups == 1 else scale.repeat_interleave(rows // self.groups, dim=0)
