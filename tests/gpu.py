@@ -19,7 +19,10 @@ PARTS = {
     "kernels": (["tests/ops"], ""),
     "laws on random inputs": (["tests/laws"], "random or int8_activations"),
     "other laws, faults": (["tests/laws", "tests/faults"], "not random and not int8_activations"),
-    "calibration and models": (["tests/hub", "tests/methods", "tests/models", "tests/ptq", "tests/train"], ""),
+    "calibration and models": (
+        ["tests/test_benchmarks.py", "tests/hub", "tests/methods", "tests/models", "tests/ptq", "tests/train"],
+        "",
+    ),
 }
 KERNELS = (
     "linear", "head", "quantize", "finish", "unpack", "unpack_signs", "put_salient", "unpack_halves", "put_salient_halves",
