@@ -1,6 +1,6 @@
 #!/bin/bash
-# From the directory above this one: sbatch launch/slurm.sh TEACHER RUN --recipe onebit-llama-7b ...
-# Two nodes: sbatch --nodes 2 launch/slurm.sh ...      Another engine: CONFIG=launch/zero3_1x8.yaml sbatch launch/slurm.sh ...
+# From the directory above this one: sbatch launch/slurm.sh RUN distill TEACHER --recipe onebit-llama-7b ...
+# or pretrain. Two nodes: sbatch --nodes 2 launch/slurm.sh ...; another engine: CONFIG=launch/zero3_1x8.yaml sbatch ...
 #SBATCH --job-name=signbit
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -12,8 +12,8 @@
 # Two to three minutes before the end this script gets a signal, and puts the job back into the queue.
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
-teacher=$1 run=$2
-shift 2
+run=$1
+shift
 if [ -f "$run/run.json" ]; then set -- "$@" --resume; fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
@@ -33,5 +33,5 @@ trap requeue USR1
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' accelerate \
   --config_file "${CONFIG:-launch/fsdp2_${SLURM_JOB_NUM_NODES}x8.yaml}" --main_process_ip "$head" \
-  --main_process_port $((20000 + SLURM_JOB_ID % 10000)) -m signbit distill "$teacher" -o "$run" "$@" &
+  --main_process_port $((20000 + SLURM_JOB_ID % 10000)) -m signbit "$@" -o "$run" &
 wait $! || wait $! # the signal ends the first, and the second has the status of the run

@@ -132,6 +132,22 @@ def test_two_processes_skip_the_data_of_a_spike(llama_dir, text, tmp_path, engin
             assert other["loss"] == pytest.approx(line["loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("engine", ["DDP", "FSDP"])
+def test_a_teacher_may_be_divided_too(llama_dir, text, tmp_path, engine):
+    """Each process holds half of its blocks, and the losses are those of one process."""
+    halves = launched("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.train.divide_on_cpu")
+    assert halves.returncode == 0, halves.stderr
+    one = launched("signbit", *words(llama_dir, text, tmp_path, "one"))
+    assert one.returncode == 0, one.stderr
+    command, environment = launcher(engine, tmp_path)
+    told = words(llama_dir, text, tmp_path, "two", "--teacher-sharded")
+    two = launched(*command, *told, **environment)
+    assert two.returncode == 0, two.stderr
+    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for key in {"kl", "hidden", "validation_loss"} & line.keys():
+            assert other[key] == pytest.approx(line[key], rel=1e-3 if line["step"] > 2 else 1e-4)
+
+
 @pytest.mark.gpu
 @needs_two_gpus
 @pytest.mark.parametrize(

@@ -81,9 +81,9 @@ def until(condition):
 def test_every_word_reaches_accelerate_on_every_node_as_it_was_given(slurm, tmp_path):
     run = tmp_path / "a run's $HOME"
     words = ["--rule", "mlp.*: rank=2", "--data", 'my "text".txt', "--keep", "*", "--note", ""]
-    assert slurm("my teacher", run, *words, nodes=2).wait() == 0
+    assert slurm(run, "distill", "my teacher", *words, nodes=2).wait() == 0
     common = ["--config_file", "launch/fsdp2_2x8.yaml", "--main_process_ip", "node7", "--main_process_port", "20041"]
-    common += ["-m", "signbit", "distill", "my teacher", "-o", str(run), *words]
+    common += ["-m", "signbit", "distill", "my teacher", *words, "-o", str(run)]
     assert slurm.calls("accelerate") == [(str(n), ["launch", "--machine_rank", str(n), *common]) for n in (0, 1)]
     ((_, srun),) = slurm.calls("srun")
     assert srun[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=64"]
@@ -93,14 +93,14 @@ def test_a_second_start_goes_on_and_another_engine_may_be_named(slurm, tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").touch()
-    assert slurm("teacher", run, "--seed", "1", CONFIG="launch/zero3_1x8.yaml").wait() == 0
+    assert slurm(run, "pretrain", "--seed", "1", CONFIG="launch/zero3_1x8.yaml").wait() == 0
     ((_, words),) = slurm.calls("accelerate")
-    assert words[4] == "launch/zero3_1x8.yaml" and words[-5:] == ["-o", str(run), "--seed", "1", "--resume"]
+    assert words[4] == "launch/zero3_1x8.yaml" and words[-6:] == ["pretrain", "--seed", "1", "--resume", "-o", str(run)]
 
 
 def test_a_run_that_fails_is_a_job_that_fails(slurm, tmp_path):
     slurm.stub("accelerate", "sys.exit(3)\n")
-    assert slurm("teacher", tmp_path / "run").wait() == 3
+    assert slurm(tmp_path / "run", "distill", "teacher").wait() == 3
     assert not any(words[0] == "requeue" for _, words in slurm.calls("scontrol"))
 
 
@@ -109,7 +109,7 @@ def test_the_signal_requeues_a_job_that_got_further(slurm, tmp_path, makes, requ
     slurm.stub("accelerate", TRAINING)
     run = tmp_path / "run"
     (run / "checkpoint-4").mkdir(parents=True)
-    job = slurm("teacher", run, MAKES=makes)
+    job = slurm(run, "distill", "teacher", MAKES=makes)
     until((run / makes).exists)
     job.send_signal(signal.SIGUSR1)
     time.sleep(0.1)
@@ -124,7 +124,7 @@ def test_a_job_that_cannot_be_requeued_trains_on(slurm, tmp_path):
     slurm.stub("accelerate", TRAINING)
     slurm.stub("scontrol", HOSTNAMES + 'if sys.argv[1] == "requeue": sys.exit(1)\n')
     run = tmp_path / "run"
-    job = slurm("teacher", run, MAKES="checkpoint-1")
+    job = slurm(run, "distill", "teacher", MAKES="checkpoint-1")
     until((run / "checkpoint-1").exists)
     job.send_signal(signal.SIGUSR1)
     until(lambda: ["requeue", "41"] in [words for _, words in slurm.calls("scontrol")])

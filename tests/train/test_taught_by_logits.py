@@ -188,8 +188,8 @@ def test_a_run_says_what_it_learnt_from_and_goes_on_with_nothing_else(teacher, t
         ("--kd-direction reverse", "--kd-direction reverse needs the teacher itself"),
         ("--kd-temperature 2", "--kd-temperature 2.0 needs the teacher itself"),
         ("--kd-alpha 0", "looks at no teacher (kd_alpha · kd_loss_scale is 0); leave out --teacher-logits"),
-        ("--teacher-dtype int8", "--teacher-dtype and --teacher-device are for a teacher beside the student"),
-        ("--teacher-device cpu", "--teacher-dtype and --teacher-device are for a teacher beside the student"),
+        ("--teacher-dtype int8", "--teacher-dtype, --teacher-device and --teacher-sharded are for a teacher beside"),
+        ("--teacher-sharded", "--teacher-dtype, --teacher-device and --teacher-sharded are for a teacher beside"),
         ("--teacher-logits NOWHERE.logits", "NOWHERE.logits.json: No such file"),
         (
             "--teacher-logits some.bin",

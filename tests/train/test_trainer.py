@@ -714,6 +714,14 @@ def test_a_teacher_in_eight_bits_teaches_nearly_the_same(llama_dir, text, tmp_pa
     assert metrics(tmp_path / "int8")[0]["hidden"] != metrics(tmp_path / "float32")[0]["hidden"]
 
 
+def test_a_teacher_that_cannot_be_divided_is_refused(llama_dir, text, tmp_path, capsys):
+    assert run(llama_dir, text, tmp_path / "run", "--teacher-sharded") == 1
+    assert "--teacher-sharded is for several processes, and this launch has one" in capsys.readouterr().err
+    for other in ({"teacher_dtype": "int8"}, {"teacher_device": "cpu"}):
+        with pytest.raises(OptionError, match="leave out --teacher-device and --teacher-dtype int8"):
+            TrainOptions(max_steps=1, teacher_sharded=True, **other)
+
+
 def test_a_teachers_device_that_is_not_there_is_refused(llama_dir, text, tmp_path, capsys):
     assert run(llama_dir, text, tmp_path / "run", "--teacher-device", "cuda:7") == 1
     assert "the device 'cuda:7' cannot be used here" in capsys.readouterr().err

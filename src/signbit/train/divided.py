@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def is_divided(parameter: Any) -> bool:
@@ -27,3 +29,18 @@ def whole(parameter: Any) -> Any:
         with import_module("deepspeed").zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter
+
+
+def divide_(blocks: Iterable[nn.Module]) -> None:
+    """Leaves each process a part of the blocks' parameters (FSDP2); a block is whole while it computes, and then again not.
+
+    For a model that is not trained: what is trained is divided by the engine. All processes call it together.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = list(blocks)
+    kind = next(blocks[0].parameters()).device.type
+    mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)

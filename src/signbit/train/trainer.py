@@ -38,7 +38,7 @@ from signbit.train.checkpoints import (
     remove_checkpoint,
 )
 from signbit.train.compiling import compiled, compiled_once, repeatable
-from signbit.train.divided import local, whole
+from signbit.train.divided import divide_, local, whole
 from signbit.train.flips import Flips
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
@@ -86,6 +86,8 @@ class TrainOptions:
     8-bit codes with a scale a row."""
     teacher_device: str | None = None
     """Device of the teacher (cuda:1, cpu) if it is not to be the student's."""
+    teacher_sharded: bool = False
+    """Divide the teacher's blocks over all processes, each gathered while it computes (FSDP2), whatever divides the student."""
     compile: bool = False
     """Compile each block by torch.compile."""
     cuda_graph: bool = False
@@ -151,6 +153,11 @@ class TrainOptions:
             )
         if self.cuda_graph and not torch.cuda.is_available():
             raise OptionError("--cuda-graph needs a CUDA device, and there is none here; leave it out")
+        if self.teacher_sharded and (self.teacher_dtype == "int8" or self.teacher_device is not None):
+            raise OptionError(
+                "--teacher-sharded divides floating-point weights over the processes' own devices; leave out --teacher-device "
+                "and --teacher-dtype int8, or leave out --teacher-sharded"
+            )
         if self.optim == "muon" and not hasattr(torch.optim, "Muon"):
             raise OptionError(f"muon needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw_torch")
         for name in self.report_to:
@@ -164,10 +171,10 @@ class TrainOptions:
 
     def check_top(self) -> None:
         """Raises OptionError for what does not go with a teacher's likeliest tokens in its place."""
-        if self.teacher_dtype != "auto" or self.teacher_device is not None:
+        if self.teacher_dtype != "auto" or self.teacher_device is not None or self.teacher_sharded:
             raise OptionError(
-                "--teacher-dtype and --teacher-device are for a teacher beside the student; leave them out, or leave out "
-                "--teacher-logits"
+                "--teacher-dtype, --teacher-device and --teacher-sharded are for a teacher beside the student; leave them out, "
+                "or leave out --teacher-logits"
             )
         if self.cuda_graph:
             raise OptionError(
@@ -283,6 +290,12 @@ class DistillTrainer(Trainer):
             here = self.args.device
             bias = None if told.bias is None else told.bias.to(here)
             self.teacher_head = told._replace(weight=told.weight.to(here), bias=bias)
+            if options.teacher_sharded:
+                if self.engine["processes"] == 1:
+                    raise OptionError(
+                        "--teacher-sharded is for several processes, and this launch has one; leave it out"
+                    )
+                divide_(find_blocks(teacher)[1])
         theirs = top_vocabulary if self.teacher_head is None else self.teacher_head.weight.shape[0]
         if theirs not in (None, self.head.weight.shape[0]):
             raise OptionError(
