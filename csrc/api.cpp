@@ -73,8 +73,10 @@ const Entry ENTRIES[] = {
 #if defined(SIGNBIT_AMX)
     {&amx_kernels, may_use_amx},
 #endif
+#if !defined(SIGNBIT_EMULATE_INSTEAD)
     {&avx512_kernels, has_avx512},
     {&avxvnni_kernels, has_avxvnni},
+#endif
     {&avx2_kernels, has_avx2},
 #elif defined(__aarch64__)
     {&neon_kernels, has_dot_product},

@@ -7,7 +7,7 @@ import pytest
 
 from signbit.ops import native
 from tests.laws import record
-from tests.ops.test_replay import CSRC, EMULATE, build, need, run
+from tests.ops.test_replay import CSRC, build, need, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,6 +80,7 @@ def test_the_replayed_laws_catch(fault, recorded, tmp_path, monkeypatch):
         assert text.count(right) == 1, f"{file} has changed: {right}"
         (source / file).write_text(text.replace(right, wrong))
     monkeypatch.setattr("tests.ops.test_replay.CSRC", source)
-    done = run(build(tmp_path / "built", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1", EMULATE), recorded, "2")
+    program = build(tmp_path / "built", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1", "-DSIGNBIT_EMULATE=INSTEAD")
+    done = run(program, recorded, "2", "first")
     wrong = int(re.search(r"(\d+) wrong;", done.stdout).group(1))
     assert (done.returncode == 0) == (wrong == 0) == (fault is None), done.stdout[-500:]
