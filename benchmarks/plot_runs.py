@@ -29,12 +29,18 @@ def main() -> None:
     parser.add_argument("-o", "--out", required=True)
     parser.add_argument("--title", default="")
     args = parser.parse_args()
+    if wrong := [run for run in args.runs if "=" not in run]:
+        parser.error(f"{wrong[0]!r} has no name; give NAME=RUN (dense=runs/dense)")
     runs = {name: lines(path) for name, _, path in (run.partition("=") for run in args.runs)}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
     for number, (name, rows) in enumerate(runs.items()):
         made = [row for row in rows if "loss" in row]
         tokens = {row["step"]: row["tokens"] / 1e6 for row in made}
         held = [(tokens[r["step"]], r["validation_cross_entropy"]) for r in rows if "validation_cross_entropy" in r]
+        if not held:
+            parser.error(
+                f"{name} has no loss on held-out text; train with --validation-blocks, by this version or a later one"
+            )
         left.plot(*zip(*held, strict=True), "o-", markersize=3, color=f"C{number}", label=f"{name}: {held[-1][1]:.3f}")
         flips = [(row["tokens"] / 1e6, 100 * row["flips"]) for row in made if "flips" in row]
         if flips:
