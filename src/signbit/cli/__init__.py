@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from signbit.cli.data import DataOptions, data
+from signbit.cli.importing import ImportOptions, import_checkpoint
 from signbit.cli.measuring import DoctorOptions, EvalOptions, InfoOptions, MemoryOptions, doctor, evaluate, info, memory
 from signbit.cli.quantizing import QuantizeOptions, quantize
 from signbit.cli.running import ChatOptions, PromptOptions, chat, generate
@@ -28,6 +29,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
+    "import": (import_checkpoint, ImportOptions),
     "distill": (distill, DistillOptions),
     "pretrain": (pretrain, PretrainOptions),
     "pack": (pack, PackOptions),

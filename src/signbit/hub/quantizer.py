@@ -74,6 +74,11 @@ def finish_(model: nn.Module, config: SignbitConfig, report: Report, calibration
     if calibration is not None:
         settings["calibration"] = calibration
     config.description = describe(model, settings)
+    attach_(model, config, report)
+
+
+def attach_(model: nn.Module, config: SignbitConfig, report: Report) -> None:
+    """Gives `model` the quantizer that saves it: `config` describes its packed layers already."""
     quantizer = SignbitHfQuantizer(config, pre_quantized=True)
     quantizer.report = report
     model.hf_quantizer = quantizer

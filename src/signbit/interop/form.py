@@ -1,0 +1,126 @@
+"""A form of checkpoint that is a directory, and the way from its tensors' names to layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from signbit.errors import FormatError, ShapeError
+from signbit.interop.checkpoint import Checkpoint, Layer
+
+#: Buffers of old releases of transformers, which are computed from the config today.
+_COMPUTED = ".rotary_emb.inv_freq"
+#: Keys of config.json that say how the old directory was loaded, and not what the model is.
+_OF_THE_DIRECTORY = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype",
+                     "transformers_version")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one program stores a binarized layer: the last parts of its tensors' names, and what they mean.
+
+    `layer` is called with the tensors of a module by these names, and with config.json.
+    """
+
+    title: str
+    marks: frozenset[str]
+    """Names that tell this form from others."""
+    needs: frozenset[str]
+    """Names that each layer has."""
+    layer: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Layer]
+    may: frozenset[str] = frozenset({"bias"})
+    """Names that a layer can have."""
+    zero: str = ""
+    config: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
+    """config.json with what transformers does not know made such as it knows."""
+    may_be_dense: Callable[[Mapping[str, Any], str], bool] = lambda values, name: False
+    notes: Callable[[Mapping[str, Tensor]], tuple[str, ...]] = field(default=lambda tensors: ())
+
+    def open(self, folder: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """The checkpoint in `folder`; raises FormatError, by name, for a layer that is incomplete."""
+        telling = (self.marks | self.needs) - {"weight"}
+        modules = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in telling}
+        own = {module: {part: f"{module}.{part}" for part in self.needs | self.may} for module in sorted(modules)}
+        for module, names in own.items():
+            for part in sorted(self.needs):
+                if names[part] not in tensors:
+                    raise FormatError(
+                        f"the tensor {names[part]} is missing: in the form of {self.title} a layer has "
+                        f"{', '.join(sorted(self.needs))}, and {module} has not; copy or download the checkpoint again"
+                    )
+
+        def read(module: str) -> Layer:
+            parts = {part: tensors[name] for part, name in own[module].items() if name in tensors}
+            try:
+                return self.layer(parts, values)
+            except (ShapeError, FormatError) as error:
+                raise FormatError(f"{module}: {error}") from error
+
+        taken = {name for names in own.values() for name in names.values()}
+        return Checkpoint(
+            form=self.title,
+            config=transformers_config(self.config(dict(values)), folder),
+            layers={module: partial(read, module) for module in own},
+            rest=Rest(tensors, [n for n in tensors if n not in taken and not n.endswith(_COMPUTED)]),
+            tokenizer={"pretrained_model_name_or_path": str(folder)},
+            may_be_dense=partial(self.may_be_dense, values),
+            zero=self.zero,
+            notes=self.notes(tensors),
+        )
+
+
+class Rest(Mapping[str, Tensor]):
+    """Some of the tensors of a checkpoint, each read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
+        self._tensors, self._names = tensors, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def transformers_config(values: Mapping[str, Any], folder: Path) -> Any:
+    """transformers' configuration of `values`; raises FormatError for a model type that it does not know."""
+    kept = {key: value for key, value in values.items() if key not in _OF_THE_DIRECTORY}
+    kind = kept.pop("model_type", None)
+    try:
+        return type(AutoConfig.for_model(kind)).from_dict(kept)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(
+            f"{folder}: transformers makes no model of config.json (model_type {kind!r}: "
+            f"{str(error).strip().splitlines()[0][:200]}); a model type that it knows is needed"
+        ) from error
+
+
+def one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Float tensors in the widest dtype among theirs: one packed layer has one."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises FormatError with `message` unless `condition`."""
+    if not condition:
+        raise FormatError(message)
+
+
+def count_zeros(weight: Tensor) -> int:
+    """How many entries are exactly 0."""
+    return int((weight == 0).sum())

@@ -1,0 +1,252 @@
+"""GGUF files of the LLaMA and Qwen3 families whose matrices are Q1_0 or TQ2_0."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, Qwen3Config
+
+from signbit.errors import FormatError, OptionError
+from signbit.interop.checkpoint import Checkpoint, Layer
+from signbit.interop.form import require
+from signbit.linear import PackedLinear
+from signbit.weight import BinaryWeight
+
+MAGIC = b"GGUF"
+_Q1_BLOCK, _TQ2_BLOCK = 128, 256
+_CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INSIDE = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def q1_0(raw: Tensor) -> BinaryWeight:
+    """W = d·S from blocks of 128 columns: fp16 d, then 16 bytes, weight j in bit j%8 of byte j/8, 1 → +d, 0 → −d.
+
+    `raw` uint8 [N, K/128·18] → signs and a scale float16 [1, N, K/128], exact. Source: ggml's block_q1_0 (type 41).
+    Raises FormatError for a scale that is no number.
+    """
+    blocks = raw.reshape(len(raw), -1, 2 + _Q1_BLOCK // 8)
+    scale = _scales(blocks[:, :, :2])
+    return BinaryWeight(blocks[:, :, 2:].reshape(1, len(raw), -1).clone(), scale[None], scale.shape[1] * _Q1_BLOCK)
+
+
+def tq2_0(raw: Tensor) -> BinaryWeight:
+    """W = d·T, T of −1, 0, 1, from blocks of 256 columns: 64 bytes, then fp16 d; 0, 1, 2 stand for −1, 0, 1.
+
+    Bits 2l and 2l + 1 of byte 32·h + m are column 128·h + 32·l + m. `raw` uint8 [N, K/256·66] → two planes with the scale
+    d/2 each, or one with d where no weight is 0; exact. Source: ggml's block_tq2_0 (type 35). Raises FormatError for a code
+    of 3 or a scale that is no number.
+    """
+    blocks = raw.reshape(len(raw), -1, _TQ2_BLOCK // 4 + 2)
+    scale = _scales(blocks[:, :, -2:])
+    halves = blocks[:, :, :-2].reshape(len(raw), -1, 2, 1, 32)
+    codes = (halves >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None] & 3).reshape(len(raw), -1)
+    require(not bool((codes == 3).any()), "a TQ2_0 code is 3; 0, 1 and 2 (−1, 0, +1) are allowed. The file is damaged")
+    if not bool((codes == 1).any()):
+        return BinaryWeight.from_signs(codes == 2, scale[None])
+    half = scale / 2
+    if not torch.equal(half * 2, scale):  # a subnormal d
+        half = scale.float() / 2
+    return BinaryWeight.from_signs(torch.stack([codes >= 1, codes == 2]), torch.stack([half, half]))
+
+
+def _scales(raw: Tensor) -> Tensor:
+    """float16 [N, G] of its bytes uint8 [N, G, 2]."""
+    scale = raw.contiguous().view(torch.float16)[:, :, 0]
+    require(bool(scale.isfinite().all()), "a block's scale is no finite number; the file is damaged")
+    return scale.clone()
+
+
+_PACKED: dict[str, Callable[[Tensor], BinaryWeight]] = {"Q1_0": q1_0, "TQ2_0": tq2_0}
+
+
+def rotary_halves(rows: Tensor, heads: int) -> Tensor:
+    """llama.cpp keeps the two numbers that a rotary position turns next to each other; transformers, half a head apart.
+
+    `rows` [N, …] of q or k, N = heads · head size, in the order of a llama GGUF → in transformers' order.
+    """
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+class _File:
+    """A GGUF file: its metadata, and its tensors under transformers' names."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise OptionError("GGUF files are read with the package gguf: pip install 'signbit[gguf]'") from error
+        self.path = path
+        try:
+            reader = GGUFReader(str(path))
+            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError, AttributeError) as error:
+            raise FormatError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
+        self.kind = self.metadata.get("general.architecture")
+        require(
+            self.kind in _CONFIGS,
+            f"{path} is of the architecture {self.kind!r}; {' and '.join(_CONFIGS)} are read",
+        )
+        self.tensors: dict[str, Any] = {}
+        for tensor in reader.tensors:
+            self.tensors[self._name(tensor.name)] = tensor
+
+    def _name(self, name: str) -> str:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        known = (_OUTSIDE if match is None or match[1] is None else _INSIDE).get(match[2]) if match else None
+        if match is None or known is None:
+            raise FormatError(
+                f"{self.path}: the tensor {name} is not one of a {self.kind} model that transformers has; nothing was imported"
+            )
+        return f"model.layers.{match[1]}.{known}.{match[3]}" if match[1] else f"{known}.{match[3]}"
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """Of the metadata `ARCHITECTURE.key`; raises FormatError if it is missing and has no default."""
+        value = self.metadata.get(f"{self.kind}.{key}", default)
+        require(
+            value is not None, f"{self.path}: {self.kind}.{key} is missing in the metadata; copy or download it again"
+        )
+        return value
+
+    def config(self) -> Any:
+        """transformers' configuration: sizes, rotary positions and special tokens, out of the metadata."""
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise FormatError(f"{self.path}: the tensor token_embd.weight is missing; copy or download it again")
+        heads, hidden = int(self.value("attention.head_count")), int(self.value("embedding_length"))
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(self.value("rope.freq_base", 10000.0))}
+        scaling = self.value("rope.scaling.type", "none")
+        require(
+            scaling in ("none", "linear", "yarn"), f"{self.path}: rope.scaling.type is {scaling!r}; none, linear, yarn"
+        )
+        if scaling != "none":
+            rope |= {"rope_type": scaling, "factor": float(self.value("rope.scaling.factor"))}
+        if scaling == "yarn":
+            rope["original_max_position_embeddings"] = int(self.value("rope.scaling.original_context_length"))
+        tokens = {
+            f"{name}_token_id": int(self.metadata[key])
+            for name, key in (("bos", _token("bos")), ("eos", _token("eos")), ("pad", _token("padding")))
+            if key in self.metadata
+        }
+        return _CONFIGS[str(self.kind)](
+            hidden_size=hidden,
+            intermediate_size=int(self.value("feed_forward_length")),
+            num_hidden_layers=int(self.value("block_count")),
+            num_attention_heads=heads,
+            num_key_value_heads=int(self.value("attention.head_count_kv", heads)),
+            head_dim=int(self.value("attention.key_length", hidden // heads)),
+            max_position_embeddings=int(self.value("context_length")),
+            rms_norm_eps=float(self.value("attention.layer_norm_rms_epsilon")),
+            vocab_size=int(embedding.shape[1]),
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in self.tensors,
+            tie_word_embeddings="lm_head.weight" not in self.tensors,
+            rope_parameters=rope,
+            **tokens,
+        )
+
+    def stored(self, name: str) -> tuple[str, Tensor]:
+        """The type of a tensor, and its rows in transformers' order: bytes of a quantized type, floats otherwise."""
+        tensor = self.tensors[name]
+        rows = torch.from_numpy(np.array(tensor.data))
+        for projection, key in ((".self_attn.q_proj.", "head_count"), (".self_attn.k_proj.", "head_count_kv")):
+            if self.kind == "llama" and projection in name:
+                rows = rotary_halves(rows, int(self.value(f"attention.{key}", self.value("attention.head_count"))))
+        return tensor.tensor_type.name, rows
+
+    def dense(self, name: str) -> Tensor:
+        """A tensor as floats: float16 where that holds all of it, else float32."""
+        from gguf import dequantize
+
+        kind, rows = self.stored(name)
+        if kind in _PACKED:
+            values = _PACKED[kind](rows).to_dense()
+        elif rows.is_floating_point():
+            values = rows.float()
+        else:
+            try:
+                values = torch.from_numpy(dequantize(rows.numpy(), self.tensors[name].tensor_type))
+            except NotImplementedError as error:
+                raise FormatError(
+                    f"{self.path}: {name} is of the type {kind}, which the package gguf cannot read"
+                ) from error
+        half = values.half()
+        return half if torch.equal(half.float(), values) else values
+
+
+def _token(name: str) -> str:
+    return f"tokenizer.ggml.{name}_token_id"
+
+
+class _Dense(Mapping[str, Tensor]):
+    """Tensors of a file as floats, each read when it is asked for."""
+
+    def __init__(self, file: _File, names: list[str]) -> None:
+        self._file, self._names = file, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.dense(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """The checkpoint in a GGUF file; raises FormatError for another architecture, or if no matrix is Q1_0 or TQ2_0."""
+    file = _File(path)
+    packed = [
+        name
+        for name, tensor in file.tensors.items()
+        if (tensor.tensor_type.name in _PACKED and name.endswith("_proj.weight")) or _is_packed_head(name, tensor)
+    ]
+    require(
+        any(name.startswith("model.layers.") for name in packed),
+        f"{path} holds no Q1_0 or TQ2_0 matrix, so it is no 1-bit model (its types: "
+        f"{', '.join(sorted({tensor.tensor_type.name for tensor in file.tensors.values()}))})",
+    )
+    modules = [name.removesuffix(".weight") for name in packed]
+    own = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
+    kinds = sorted({file.tensors[name].tensor_type.name for name in packed})
+    dense = sorted(
+        f"{name} ({tensor.tensor_type.name})"
+        for name, tensor in file.tensors.items()
+        if name.endswith("_proj.weight") and name not in own
+    )
+    return Checkpoint(
+        form=f"GGUF {' and '.join(kinds)}",
+        config=file.config(),
+        layers={module: partial(_read, file, module) for module in modules},
+        rest=_Dense(file, [name for name in file.tensors if name not in own]),
+        tokenizer={"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name},
+        may_be_dense=lambda name: f"{name}.weight" in file.tensors,
+        notes=tuple(f"{name} becomes a dense matrix" for name in dense),
+    )
+
+
+def _is_packed_head(name: str, tensor: Any) -> bool:
+    return name == "lm_head.weight" and tensor.tensor_type.name in _PACKED
+
+
+def _read(file: _File, module: str) -> Layer:
+    kind, rows = file.stored(f"{module}.weight")
+    bias = file.dense(f"{module}.bias") if f"{module}.bias" in file.tensors else None
+    try:
+        return Layer(PackedLinear(_PACKED[kind](rows), bias))
+    except FormatError as error:
+        raise FormatError(f"{file.path}: {module}: {error}") from error
