@@ -19,8 +19,10 @@ from signbit.linear import PackedLinear
 from signbit.models import find_structure
 from signbit.weight import BinaryWeight, Salient
 
-#: Relative error that rounding to the stored dtype leaves in a value (float32: that of the arithmetic before it, too).
-_ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-20}
+#: Bits of the significand to which a stored value is right (float32: less what the arithmetic before it lost).
+_PRECISION = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 22}
+#: The narrowest group of columns that is looked for: in two columns there are never more than two values.
+_NARROWEST = 8
 #: Above this share, values half way between two others are a method's levels and no accidents of sign(0) = 0.
 _ACCIDENTS = 0.01
 
@@ -38,22 +40,22 @@ def layer(weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Layer:
         mask.dtype is torch.bool and mask.shape == weight.shape,
         f"the mask is {mask.dtype} {list(mask.shape)}; bool {list(weight.shape)}, as the weight, is expected",
     )
-    require(weight.dtype in _ROUNDING, f"weight is {weight.dtype}; float16, bfloat16 or float32 is expected")
+    require(weight.dtype in _PRECISION, f"weight is {weight.dtype}; float16, bfloat16 or float32 is expected")
     w = weight.float()
-    scale, shift, zeros = _two_values(w, mask, _ROUNDING[weight.dtype])
+    scale, shift, zeros = _two_values(w, mask, _PRECISION[weight.dtype])
     groups = scale.shape[1]
     positive = (w.reshape(len(w), groups, -1) >= shift[:, :, None]).reshape(w.shape)
     salient = None
     if not bool(mask.all()):
-        salient = _codes(torch.where(mask, 0.0, w), ~mask, _ROUNDING[weight.dtype])
+        salient = _codes(torch.where(mask, 0.0, w), ~mask, _PRECISION[weight.dtype])
     binary = BinaryWeight.from_signs(positive, scale[None], shift=shift if bool(shift.any()) else None, salient=salient)
     return Layer(PackedLinear(binary, bias), zeros)
 
 
-def _two_values(w: Tensor, mask: Tensor, rounding: float) -> tuple[Tensor, Tensor, int]:
+def _two_values(w: Tensor, mask: Tensor, precision: int) -> tuple[Tensor, Tensor, int]:
     """s and μ float32 [N, G] for the fewest groups, and how many values lie on μ itself."""
     rows, columns = w.shape
-    for groups in (g for g in range(1, columns // 2 + 1) if columns % g == 0):
+    for groups in (g for g in range(1, max(1, columns // _NARROWEST) + 1) if columns % g == 0):
         grouped, inside = w.reshape(rows, groups, -1), mask.reshape(rows, groups, -1)
         low = torch.where(inside, grouped, torch.inf).amin(dim=-1, keepdim=True)
         high = torch.where(inside, grouped, -torch.inf).amax(dim=-1, keepdim=True)
@@ -61,7 +63,7 @@ def _two_values(w: Tensor, mask: Tensor, rounding: float) -> tuple[Tensor, Tenso
         low, high = torch.where(none, 0.0, low), torch.where(none, 0.0, high)
         between = inside & (grouped != low) & (grouped != high)
         middle = (low + high) / 2
-        if bool((between & ((grouped - middle).abs() > rounding * torch.maximum(low.abs(), high.abs()))).any()):
+        if bool((between & ((grouped - middle).abs() > 2**-precision * torch.maximum(low.abs(), high.abs()))).any()):
             continue
         zeros = int(between.sum())
         if zeros > _ACCIDENTS * int(mask.sum()):
@@ -73,11 +75,11 @@ def _two_values(w: Tensor, mask: Tensor, rounding: float) -> tuple[Tensor, Tenso
     )
 
 
-def _codes(values: Tensor, salient: Tensor, rounding: float) -> Salient:
+def _codes(values: Tensor, salient: Tensor, precision: int) -> Salient:
     """The coarsest grid step·(code − zero) of each row, with code and zero in 0 … 255, that holds `values` float [N, K].
 
-    The largest value of a row is n steps for some n from 1 to 255: the first n for which all values of the row are whole
-    numbers of steps, to `rounding`.
+    The largest value of a row is n steps for some n from 1 to 255: the first n for which there is a step that gives all
+    values of the row, as they were rounded to `precision` bits.
     """
     rows = len(values)
     ordered = values.sort(dim=1).values
@@ -86,27 +88,43 @@ def _codes(values: Tensor, salient: Tensor, rounding: float) -> Salient:
     require(
         distinct.shape[1] <= 257, "a row has more than 256 salient values, which are no 8-bit codes; is this the mask?"
     )
-    largest = distinct.abs().amax(dim=1)
-    step = torch.where(largest == 0, 1.0, torch.nan)
-    for n in range(1, 256):
+    largest = distinct.abs().amax(dim=1).double()
+    step = torch.where(largest == 0, 1.0, torch.nan).double()
+    # The largest value was rounded as well: of 8 bits, so coarsely that other values may miss their code by it.
+    nudges = (0.0,) if precision > 8 else (0.0, -0.5, 0.5, -1.0, 1.0)
+    for n, nudge in ((n, nudge) for n in range(1, 256) for nudge in nudges):
         left = step.isnan().nonzero()[:, 0]
         if not len(left):
             break
-        v = distinct[left].double()
-        whole = (v * (n / largest[left, None])).round()
-        fitted = (v * whole).sum(dim=1) / whole.square().sum(dim=1)
-        off = (v - fitted[:, None] * whole).abs() > rounding * v.abs()
-        wide = whole.amax(dim=1).clamp_min(0) - whole.amin(dim=1).clamp_max(0) > 255
-        step[left] = torch.where(off.any(dim=1) | wide, torch.nan, fitted.float())
+        start = largest[left] * (1 + nudge * 2.0**-precision) / n
+        step[left] = _step(distinct[left].double(), start[:, None], precision)
     bad = int(step.isnan().sum())
     require(
         not bad, f"the salient weights of {bad} rows are not on a grid of 8-bit codes; is this the mask of this run?"
     )
-    whole = (values.double() / step.double()[:, None]).round()
+    whole = (values.double() / step[:, None]).round()
     zero = -whole.amin(dim=1).clamp_max(0)
     codes = (whole + zero[:, None]).to(torch.int32)
     bits = max(1, int(codes.max()).bit_length())
-    return Salient.from_mask(salient, codes, step, zero, bits)
+    return Salient.from_mask(salient, codes, step.float(), zero, bits)
+
+
+def _step(v: Tensor, start: Tensor, precision: int) -> Tensor:
+    """Float64 [n]: a step near `start` [n, 1] of which all `v` [n, m] are whole numbers from 0 to 255 apart, or NaN.
+
+    A value rounded to v lies within half a unit of v's last place, below a power of two within a quarter: that bounds the
+    step from both sides.
+    """
+    whole = (v / start).round()
+    fraction, exponent = torch.frexp(v.abs())
+    half = torch.ldexp(torch.ones_like(v), exponent - precision - 1)
+    below = torch.where(fraction == 0.5, half / 2, half)
+    count = whole.abs().clamp_min(1)
+    least = torch.where(whole == 0, 0.0, (v.abs() - below) / count).amax(dim=1)
+    most = torch.where(whole == 0, torch.inf, (v.abs() + half) / count).amin(dim=1)
+    wide = whole.amax(dim=1).clamp_min(0) - whole.amin(dim=1).clamp_max(0) > 255
+    lost = ((whole == 0) & (v != 0)).any(dim=1)
+    return torch.where(wide | lost | (least > most), torch.nan, (least + most) / 2)
 
 
 def open_dense(
