@@ -76,14 +76,32 @@ def test_logits_are_the_dense_ones_and_it_generates(method, group, tmp_path, ids
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_undone_to_its_rounding(dtype, tmp_path, ids):
-    model, folder, masks = saved(tmp_path / "source", dtype=dtype)
+def test_half_precision_is_undone_to_its_rounding(tmp_path, ids):
+    model, folder, masks = saved(tmp_path / "source", dtype=torch.float16)
     convert(str(folder), tmp_path / "out", masks=masks)
     loaded = signbit.load(tmp_path / "out", dtype=torch.float32)
     for name, linear in originals.linears(model):
-        assert torch.equal(loaded.get_submodule(name).to_dense().to(dtype).float(), linear.weight)
+        assert torch.equal(loaded.get_submodule(name).to_dense().half().float(), linear.weight)
     assert difference(model, tmp_path / "out", ids) < 0.01
+
+
+@pytest.mark.parametrize("group", [-1, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_wide_rows_of_many_codes(dtype, group):
+    dense, mask = published(torch.randn(64, 1024), group=group, share=0.9)
+    (made,) = layer(dense.to(dtype), mask).packed.weights
+    assert made.groups == (1 if group == -1 else 8)
+    assert made.salient.bits == 8
+    if dtype is torch.float16:
+        assert torch.equal(made.to_dense().half(), dense.half())
+    else:
+        assert torch.allclose(made.to_dense(), dense, rtol=1e-6, atol=0)
+
+
+def test_bfloat16_is_refused():
+    dense, mask = published(torch.randn(8, 32))
+    with pytest.raises(FormatError, match="bfloat16 has rounded"):
+        layer(dense.bfloat16(), mask)
 
 
 def test_layers_without_a_mask_stay_dense(tmp_path, ids):

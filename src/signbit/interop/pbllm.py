@@ -20,7 +20,7 @@ from signbit.models import find_structure
 from signbit.weight import BinaryWeight, Salient
 
 #: Bits of the significand to which a stored value is right (float32: less what the arithmetic before it lost).
-_PRECISION = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 22}
+_PRECISION = {torch.float16: 11, torch.float32: 22}
 #: The narrowest group of columns that is looked for: in two columns there are never more than two values.
 _NARROWEST = 8
 #: Above this share, values half way between two others are a method's levels and no accidents of sign(0) = 0.
@@ -40,7 +40,10 @@ def layer(weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Layer:
         mask.dtype is torch.bool and mask.shape == weight.shape,
         f"the mask is {mask.dtype} {list(mask.shape)}; bool {list(weight.shape)}, as the weight, is expected",
     )
-    require(weight.dtype in _PRECISION, f"weight is {weight.dtype}; float16, bfloat16 or float32 is expected")
+    require(
+        weight.dtype in _PRECISION,
+        f"weight is {weight.dtype}; float16 or float32 is expected (of 8-bit codes, bfloat16 has rounded some into others)",
+    )
     w = weight.float()
     scale, shift, zeros = _two_values(w, mask, _PRECISION[weight.dtype])
     groups = scale.shape[1]
@@ -90,14 +93,11 @@ def _codes(values: Tensor, salient: Tensor, precision: int) -> Salient:
     )
     largest = distinct.abs().amax(dim=1).double()
     step = torch.where(largest == 0, 1.0, torch.nan).double()
-    # The largest value was rounded as well: of 8 bits, so coarsely that other values may miss their code by it.
-    nudges = (0.0,) if precision > 8 else (0.0, -0.5, 0.5, -1.0, 1.0)
-    for n, nudge in ((n, nudge) for n in range(1, 256) for nudge in nudges):
+    for n in range(1, 256):
         left = step.isnan().nonzero()[:, 0]
         if not len(left):
             break
-        start = largest[left] * (1 + nudge * 2.0**-precision) / n
-        step[left] = _step(distinct[left].double(), start[:, None], precision)
+        step[left] = _step(distinct[left].double(), largest[left, None] / n, precision)
     bad = int(step.isnan().sum())
     require(
         not bad, f"the salient weights of {bad} rows are not on a grid of 8-bit codes; is this the mask of this run?"
@@ -117,7 +117,7 @@ def _step(v: Tensor, start: Tensor, precision: int) -> Tensor:
     """
     whole = (v / start).round()
     fraction, exponent = torch.frexp(v.abs())
-    half = torch.ldexp(torch.ones_like(v), exponent - precision - 1)
+    half = torch.ldexp(torch.full_like(v, 1 - 2**-16), exponent - precision - 1)  # a tie could be rounded the other way
     below = torch.where(fraction == 0.5, half / 2, half)
     count = whole.abs().clamp_min(1)
     least = torch.where(whole == 0, 0.0, (v.abs() - below) / count).amax(dim=1)
