@@ -50,12 +50,11 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
         main([verb, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "prompt", "teacher", "run", "kind"}
+    options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "source", "prompt", "teacher", "run", "kind"}
     options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat") else set()
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    assert {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "data": "{self-generate,teacher-logits}"}.get(
-        verb, "MODEL"
-    ) in out
+    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC"}
+    assert {**positional, "data": "{self-generate,teacher-logits}"}.get(verb, "MODEL") in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out
 
@@ -220,7 +219,7 @@ def test_nan_in_the_weights_names_the_layer(llama, tokenizer, tmp_path, capsys):
 def test_unknown_verbs_and_options(llama_dir, capsys):
     code, _, err = run(capsys, "quantise x")
     assert code == 2
-    assert "there is no verb 'quantise'; there are quantize, distill" in err
+    assert "there is no verb 'quantise'; there are quantize, import, distill" in err
     with pytest.raises(SystemExit) as stop:
         main(["quantize", llama_dir, "-o", "x", "--salient", "0.3"])
     assert stop.value.code == 2
