@@ -65,8 +65,13 @@ def pairs(rows, heads):
     return rows[order]
 
 
-def write(path, ggml, kind, make=LlamaForCausalLM, flip=None, tokens=(), width=256, **changes):
-    """A GGUF file of a random model whose matrices are of `kind`, and the model with the values that ggml reads in it."""
+def write(
+    path, ggml, kind, make=LlamaForCausalLM, flip=None, tokens=(), width=256, everywhere=False, more=None, **changes
+):
+    """A GGUF file of a random model whose matrices are of `kind`, and the model with the values that ggml reads in it.
+
+    `everywhere`: embedding and head too; `more` is called with the writer.
+    """
     config = {"hidden_size": width, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     base = tiny_llama_config(**{"tie_word_embeddings": False, **config, **changes})
     model_class = make.config_class
@@ -92,6 +97,8 @@ def write(path, ggml, kind, make=LlamaForCausalLM, flip=None, tokens=(), width=2
         writer.add_token_merges(["a b"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
+    if more is not None:
+        more(writer)
     tied = base.tie_word_embeddings
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -102,7 +109,7 @@ def write(path, ggml, kind, make=LlamaForCausalLM, flip=None, tokens=(), width=2
             if stem.startswith("layers."):
                 _, block, stem = stem.split(".", 2)
             values = np.ascontiguousarray(parameter.numpy())
-            packed = stem.endswith(originals.LINEARS)
+            packed = stem.endswith(originals.LINEARS) or (everywhere and values.ndim == 2)
             if packed:
                 raw, back = quantized_by_ggml(ggml, values, kind)
             elif values.ndim == 2:
@@ -150,6 +157,11 @@ FILES = {
     "llama Q1_0": (Type.Q1_0, {}),
     "llama Q1_0, tied": (Type.Q1_0, {"tie_word_embeddings": True, "width": 128}),
     "qwen3 Q1_0": (Type.Q1_0, {"make": Qwen3ForCausalLM, "width": 128}),
+    "qwen3 Q1_0 everywhere, tied": (
+        Type.Q1_0,
+        {"make": Qwen3ForCausalLM, "width": 128, "everywhere": True, "tie_word_embeddings": True},
+    ),
+    "llama Q1_0 everywhere": (Type.Q1_0, {"everywhere": True}),
     "llama TQ2_0": (Type.TQ2_0, {}),
     "qwen3 TQ2_0": (Type.TQ2_0, {"make": Qwen3ForCausalLM, "num_attention_heads": 8}),
 }
@@ -171,6 +183,11 @@ def test_logits_are_those_of_ggmls_values_and_it_generates(file, ggml, tmp_path,
         assert {w.bits_per_weight for m in loaded.modules() if isinstance(m, PackedLinear) for w in m.weights} == {
             1.125
         }
+    if how.get("everywhere"):  # as 1-bit Bonsai
+        tied = model.config.tie_word_embeddings
+        assert isinstance(loaded.lm_head, torch.nn.Linear if tied else PackedLinear)
+        assert main(["info", out]) == 0
+        assert "form=GGUF Q1_0" in capsys.readouterr().out
     capsys.readouterr()
     assert main(["generate", out, "w3 w5", "--max-new-tokens", "3"]) == 0
 
@@ -270,3 +287,21 @@ def test_missing_and_strange_tensors_are_named(change, ggml, tmp_path, monkeypat
     said = "mlp.up_proj is not binarized" if change.startswith("blk") else "the tensor rope_freqs.weight is not one of"
     with pytest.raises(FormatError, match=said):
         convert(str(tmp_path / "file"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rotary_scaling_is_read(kind, ggml, tmp_path, ids, text):
+    def more(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(32)
+
+    parameters = {"rope_theta": 10000.0, "rope_type": kind, "factor": 4.0}
+    parameters |= {"original_max_position_embeddings": 32} if kind == "yarn" else {}
+    model = write(tmp_path / "file", ggml, Type.Q1_0, more=more, rope_parameters=parameters)
+    convert(str(tmp_path / "file"), tmp_path / "out", tokenizer=text)
+    assert difference(model, tmp_path / "out", ids) < ROUNDING
+    plain = write(tmp_path / "plain", ggml, Type.Q1_0, more=lambda w: w.add_rope_dimension_count(16))
+    assert plain.config.head_dim == 64
+    with pytest.raises(FormatError, match="turn 16 of 64 numbers"):
+        convert(str(tmp_path / "plain"), tmp_path / "other")

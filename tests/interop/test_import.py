@@ -326,3 +326,44 @@ def test_dtype(tmp_path, ids, text):
     _changed(folder, lambda t: t[f"{UP}.wscale"].fill_(1e6))
     with pytest.raises(WeightError, match="float32"):
         convert(str(folder), tmp_path / "other", tokenizer=text, dtype="float16")
+
+
+def test_biases_stand_where_the_originals_have_them():
+    from signbit.interop import bitnet_transformers
+    from signbit.interop import fbi as fbi_form
+    from signbit.interop import onebit as onebit_form
+
+    x, bias = torch.randn(3, 16), torch.randn(8)
+    for module, form in ((originals.Fbi(8, 16), fbi_form), (originals.OneBit(8, 16), onebit_form)):
+        parts = {name: tensor.detach() for name, tensor in module.named_parameters()}
+        want = module(x) + bias  # OneBit: behind the LayerNorm
+        assert torch.allclose(form.layer({**parts, "bias": bias}, {}).packed(x), want, rtol=1e-5, atol=1e-5)
+    q = torch.ones(8, 16, dtype=torch.int8)
+    with pytest.raises(FormatError, match="adds before it takes the largest output"):
+        bitnet_transformers.layer({"quantized_weights": q, "bias": bias}, {})
+
+
+def test_copies_that_are_left_out_are_noted(tmp_path, text):
+    notes = []
+    _, folder = beomi(tmp_path / "source")
+    convert(str(folder), tmp_path / "out", tokenizer=text, note=notes.append)
+    assert any(line.startswith("14 tensors named weight beside quantized_weights") for line in notes)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path, text):
+    _, folder = fbi(tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(FormatError, match=r"lm_head.weight and model.embed_tokens.weight differ"):
+        convert(str(folder), tmp_path / "out", tokenizer=text)
+
+
+def test_out_is_not_the_source_and_not_replaced_unasked(tmp_path, text):
+    _, folder = fbi(tmp_path / "source")
+    with pytest.raises(OptionError, match="is the source"):
+        convert(str(folder), folder, overwrite=True)
+    convert(str(folder), tmp_path / "out", tokenizer=text)
+    with pytest.raises(FormatError, match="--overwrite to replace it"):
+        convert(str(folder), tmp_path / "out", tokenizer=text)
+    with pytest.raises(FormatError, match="packed by signbit already"):
+        convert(str(tmp_path / "out"), tmp_path / "again")

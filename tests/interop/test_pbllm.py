@@ -9,7 +9,10 @@ from signbit.cli import main
 from signbit.errors import FormatError
 from signbit.interop.convert import convert
 from signbit.interop.pbllm import layer
+from signbit.linear import PackedLinear
+from signbit.models import find_structure
 from tests.conftest import tiny_llama_config
+from tests.families import opt
 from tests.interop import originals
 from tests.interop.test_import import ROUNDING, _Malicious, difference
 
@@ -109,6 +112,20 @@ def test_layers_without_a_mask_stay_dense(tmp_path, ids):
     convert(str(folder), tmp_path / "out", masks=masks)
     assert difference(model, tmp_path / "out", ids) < ROUNDING
     assert isinstance(signbit.load(tmp_path / "out").model.layers[0].mlp.down_proj, torch.nn.Linear)
+
+
+def test_opt_with_biases_and_tied_embeddings(tmp_path, ids):
+    model, masks = opt().eval(), tmp_path / "masks"
+    masks.mkdir()
+    for target in find_structure(model).targets:
+        linear = model.get_submodule(target.name)
+        linear.bias.data.normal_()
+        linear.weight.data, mask = published(linear.weight.data)
+        torch.save(mask, masks / f"mask_{SHARE}_facebook_opt-350m{target.name}.pkl")
+    model.save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), tmp_path / "out", masks=masks)
+    assert difference(model, tmp_path / "out", ids) < ROUNDING
+    assert isinstance(signbit.load(tmp_path / "out").model.decoder.layers[0].fc1, PackedLinear)
 
 
 def test_a_mask_that_is_turned_round_is_refused(tmp_path):

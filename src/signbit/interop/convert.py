@@ -165,7 +165,7 @@ def _fill_(model: Any, checkpoint: Checkpoint, dtype: str) -> None:
             raise FormatError(
                 f"the tensor {name} is {list(tensor.shape)}, {list(wanted[name])} by config.json; {AGAIN}"
             )
-        state[name] = tensor.to(common).clone() if tensor.is_floating_point() else tensor.clone()
+        state[name] = tensor.to(common) if tensor.is_floating_point() else tensor
     for name, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in state and not torch.equal(state.pop(name), state[source]):
             raise FormatError(

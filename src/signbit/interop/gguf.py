@@ -126,6 +126,11 @@ class _File:
         if embedding is None:
             raise FormatError(f"{self.path}: the tensor token_embd.weight is missing; copy or download it again")
         heads, hidden = int(self.value("attention.head_count")), int(self.value("embedding_length"))
+        head = int(self.value("attention.key_length", hidden // heads))
+        turned = int(self.value("rope.dimension_count", head))
+        require(
+            turned == head, f"{self.path}: rotary positions turn {turned} of {head} numbers of a head; all are expected"
+        )
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(self.value("rope.freq_base", 10000.0))}
         scaling = self.value("rope.scaling.type", "none")
         require(
@@ -146,7 +151,7 @@ class _File:
             num_hidden_layers=int(self.value("block_count")),
             num_attention_heads=heads,
             num_key_value_heads=int(self.value("attention.head_count_kv", heads)),
-            head_dim=int(self.value("attention.key_length", hidden // heads)),
+            head_dim=head,
             max_position_embeddings=int(self.value("context_length")),
             rms_norm_eps=float(self.value("attention.layer_norm_rms_epsilon")),
             vocab_size=int(embedding.shape[1]),
