@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
@@ -166,6 +166,27 @@ def test_files_of_all_kinds_give_equal_bytes(form, kind, shards, tmp_path, text)
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear"])
+def test_logits_are_those_of_transformers_own_bitnet(kind, tmp_path, ids, text):
+    sizes = tiny_llama_config().to_dict()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = BitNetConfig(**{name: sizes[name] for name in (*names, "vocab_size", "bos_token_id", "eos_token_id")})
+    tensors = originals.replaced(BitNetForCausalLM(config), originals.Ternary)
+    made = tensors.state_dict()
+    for name, layer in originals.linears(tensors):
+        scale = layer.scale if kind == "autobitlinear" else 1 / layer.scale
+        made |= {
+            f"{name}.weight": originals.ternary_bytes(layer.ternary),
+            f"{name}.weight_scale": torch.tensor([scale]),
+        }
+    quantization = {"quant_method": "bitnet", "linear_class": kind, "quantization_mode": "offline"}
+    folder = originals.write(tmp_path / "source", made, config, quantization_config=quantization, dtype="float32")
+    convert(str(folder), tmp_path / "out", tokenizer=text)
+    with torch.compiler.set_stance("force_eager"):  # its functions are compiled, which takes minutes
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert difference(model, tmp_path / "out", ids) < ROUNDING
+
+
 def test_literal_bytes_of_onebit():
     from signbit.interop.onebit import layer
 
@@ -218,7 +239,7 @@ def test_zeros_are_counted_and_reported(form, tmp_path, text, capsys):
     tensors["model.layers.1.mlp.up_proj.weight"][3, :5] = 0
     save_file(tensors, folder / "model.safetensors")
     assert main(["import", str(folder), "-o", str(tmp_path / "out"), "--tokenizer", text]) == 0
-    assert "5 stored weights are exactly 0" in capsys.readouterr().err
+    assert "5 stored weights are exactly 0: their sign was 0" in capsys.readouterr().err
     assert read_description(tmp_path / "out")[1].settings["options"]["zeros"] == 5
     layer = signbit.load(tmp_path / "out").model.layers[1].mlp.up_proj
     assert int(layer.weights[0].signs[0, 3, 0]) & 0b11111 == 0b11111

@@ -53,6 +53,6 @@ FORM = Form(
     needs=frozenset({"quantized_weights"}),
     layer=layer,
     may=frozenset({"weight", "bias"}),
-    zero="−1 in its forward, and −1 here",
+    zero="its forward makes them −1, and so they are here",
     notes=_notes,
 )

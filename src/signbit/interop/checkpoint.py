@@ -36,6 +36,6 @@ class Checkpoint:
     may_be_dense: Callable[[str], bool] = lambda name: False
     """Whether a linear of the blocks may be missing in `layers`; in most forms each is binarized."""
     zero: str = ""
-    """What a weight of exactly 0 was in the original."""
+    """Of stored weights that are exactly 0: what they were there, and are here."""
     notes: tuple[str, ...] = ()
     """Lines for the user."""

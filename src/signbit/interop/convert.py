@@ -80,9 +80,7 @@ def convert(
     ]
     _fill_(model, checkpoint, dtype)
     if zeros:
-        note(
-            f"{zeros:,} stored weights are exactly 0, whose sign is +1 in a packed layer; there it was {checkpoint.zero}"
-        )
+        note(f"{zeros:,} stored weights are exactly 0: {checkpoint.zero}")
     report = Report((*decisions, *dense), structure.block_parameters)
     settings = {"method": "import", "options": {"form": checkpoint.form, "zeros": zeros}, "signbit_version": VERSION}
     attach_(model, SignbitConfig.from_dict(describe(model, settings).to_dict()), report)

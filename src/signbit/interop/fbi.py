@@ -43,5 +43,5 @@ FORM = Form(
     marks=frozenset({"wscale", "wbias"}),
     needs=frozenset({"weight", "wscale", "wbias"}),
     layer=layer,
-    zero="0, so that the weight was β alone",
+    zero="their sign was 0 there, so that such a weight was β alone, and is +1 here",
 )

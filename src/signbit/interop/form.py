@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,9 +38,11 @@ class Form:
     may: frozenset[str] = frozenset({"bias"})
     """Names that a layer can have."""
     zero: str = ""
+    """Of stored weights that are exactly 0: what they were there, and are here."""
     config: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
     """config.json with what transformers does not know made such as it knows."""
     may_be_dense: Callable[[Mapping[str, Any], str], bool] = lambda values, name: False
+    """Whether, by config.json, the linear of this name is not binarized."""
     notes: Callable[[Mapping[str, Tensor]], tuple[str, ...]] = field(default=lambda tensors: ())
 
     def open(self, folder: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
@@ -68,7 +70,7 @@ class Form:
             form=self.title,
             config=transformers_config(self.config(dict(values)), folder),
             layers={module: partial(read, module) for module in own},
-            rest=Rest(tensors, [n for n in tensors if n not in taken and not n.endswith(_COMPUTED)]),
+            rest=Rest((n for n in tensors if n not in taken and not n.endswith(_COMPUTED)), tensors.__getitem__),
             tokenizer={"pretrained_model_name_or_path": str(folder)},
             may_be_dense=partial(self.may_be_dense, values),
             zero=self.zero,
@@ -77,17 +79,17 @@ class Form:
 
 
 class Rest(Mapping[str, Tensor]):
-    """Some of the tensors of a checkpoint, each read when it is asked for."""
+    """Tensors by name, each read when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
-        self._tensors, self._names = tensors, dict.fromkeys(names)
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._tensors[name]
+        return self._read(name)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from signbit.errors import FormatError, OptionError
 from signbit.interop.checkpoint import Checkpoint, Layer
-from signbit.interop.form import require
+from signbit.interop.form import Rest, require
 from signbit.linear import PackedLinear
 from signbit.weight import BinaryWeight
 
@@ -194,24 +194,6 @@ def _token(name: str) -> str:
     return f"tokenizer.ggml.{name}_token_id"
 
 
-class _Dense(Mapping[str, Tensor]):
-    """Tensors of a file as floats, each read when it is asked for."""
-
-    def __init__(self, file: _File, names: list[str]) -> None:
-        self._file, self._names = file, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.dense(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def open_gguf(path: Path) -> Checkpoint:
     """The checkpoint in a GGUF file; raises FormatError for another architecture, or if no matrix is Q1_0 or TQ2_0."""
     file = _File(path)
@@ -237,7 +219,7 @@ def open_gguf(path: Path) -> Checkpoint:
         form=f"GGUF {' and '.join(kinds)}",
         config=file.config(),
         layers={module: partial(_read, file, module) for module in modules},
-        rest=_Dense(file, [name for name in file.tensors if name not in own]),
+        rest=Rest((name for name in file.tensors if name not in own), file.dense),
         tokenizer={"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name},
         may_be_dense=lambda name: f"{name}.weight" in file.tensors,
         notes=tuple(f"{name} becomes a dense matrix" for name in dense),

@@ -53,6 +53,6 @@ FORM = Form(
     marks=frozenset({"input_factor"}),
     needs=frozenset({"weight", "weight_scale", "input_factor"}),
     layer=layer,
-    zero="0 while it was trained, +1 once it was packed",
+    zero="their sign was 0 in its training, +1 in its own packed form, and is +1 here",
     config=_config,
 )

@@ -52,7 +52,7 @@ def layer(weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Layer:
     if not bool(mask.all()):
         salient = _codes(torch.where(mask, 0.0, w), ~mask, _PRECISION[weight.dtype])
     binary = BinaryWeight.from_signs(positive, scale[None], shift=shift if bool(shift.any()) else None, salient=salient)
-    return Layer(PackedLinear(binary, bias), zeros)
+    return Layer(PackedLinear(binary, bias), zeros)  # less the mean, these are 0
 
 
 def _two_values(w: Tensor, mask: Tensor, precision: int) -> tuple[Tensor, Tensor, int]:
@@ -150,10 +150,10 @@ def open_dense(
         form="PB-LLM, dense with masks",
         config=config,
         layers=layers,
-        rest=Rest(tensors, [name for name in tensors if name not in taken]),
+        rest=Rest((name for name in tensors if name not in taken), tensors.__getitem__),
         tokenizer={"pretrained_model_name_or_path": str(folder)},
         may_be_dense=lambda name: True,  # --minlayer, --maxlayer, --quant_only
-        zero="the mean of its group",
+        zero="they lay on the mean of their group, and take the larger of its two values here",
     )
 
 
