@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import families
 from tests.conftest import tiny_llama_config
 from transformers import LlamaConfig
 
@@ -188,6 +189,7 @@ def test_every_recipe_with_a_shape_is_one(name):
 
 
 def test_what_cannot_be_told_is_refused(llama_dir, tmp_path, capsys):
+    families.qwen3_moe().save_pretrained(tmp_path / "mixture")
     (tmp_path / "mine.toml").write_text("[shape]\nhidden_size = 64\nnum_attention_heads = 4\n")
     for words, message in (
         ("", "of what? give MODEL (a directory, a config.json, a hub id), or --recipe NAME"),
@@ -195,6 +197,8 @@ def test_what_cannot_be_told_is_refused(llama_dir, tmp_path, capsys):
         (f"{llama_dir} --sequences 0", "--sequences and --vocabulary are at least 1"),
         (f"{llama_dir} --method pbllm", "the method pbllm is not trained; signbit quantize --method pbllm --dry-run"),
         (f"{tmp_path}/none/there", "there is no directory"),
+        (f"{tmp_path}/mine.toml", "is no config.json of a model"),
+        (f"{tmp_path}/mixture", "depends on more than shapes (experts, images)"),
         ("--recipe none-such", "there is no recipe 'none-such'"),
         (f"{llama_dir} --device cuda:9", "the device 'cuda:9' cannot be used here"),
     ):

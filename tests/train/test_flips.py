@@ -79,6 +79,9 @@ def test_what_cannot_be_analysed_is_refused(run, tmp_path, capsys):
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changes))
         with pytest.raises(TrainingError, match=message):
             read_flips(run)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(TrainingError, match="has no line yet"):  # a run in its first steps
+        read_flips(run)
 
 
 def test_layers_outside_of_blocks_are_drawn_too(run, tmp_path):

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState, init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from signbit.data import (
     Blocks,
@@ -55,7 +56,7 @@ from signbit.train import (
     start_dense_,
     start_training_,
 )
-from signbit.train.checkpoints import write_whole
+from signbit.train.checkpoints import check_checkpoint, read_json, write_whole
 from signbit.train.plot import plot_run
 from signbit.train.spikes import checkpoint_without
 from signbit.version import VERSION
@@ -101,6 +102,8 @@ class Recipe:
         if self.teacher_logits is not None:
             self.objective.check_top()
             self.options.check_top()
+        if not self.objective.needs_teacher:
+            self.options.check_alone("give --teacher and a loss that looks at it (--kd-alpha)")
         if self.teacher is None and (self.objective.needs_teacher or self.teacher_logits is not None):
             raise OptionError(
                 "the objective looks at a teacher, and there is none; give one, or --kd-alpha 0 --kd-beta 0"
@@ -275,10 +278,10 @@ def train(
     tokens = [file.path.name for file in data.files]  # which tell its content
     told = None if logits is None else {"file": str(logits.path), **logits.recipe()}
     if resume:
-        before = json.loads((out / RUN).read_text())
-        if before["tokens"] != tokens:
+        before = read_json(out / RUN)
+        if before.get("tokens") != tokens:
             raise TrainingError(
-                f"{out} is another run: the text has changed since ({before['tokens']} there, {tokens} here)"
+                f"{out} is another run: the text has changed since ({before.get('tokens')} there, {tokens} here)"
             )
         _check_same_logits(out, before.get("teacher_logits") or {}, told or {})
     blocks: tuple[Any, Any] = data, validation
@@ -338,7 +341,8 @@ def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], N
             config.get_text_config().vocab_size = taught or config.get_text_config().vocab_size
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(where)
         count = sum(parameter.numel() for parameter in model.parameters())
-        note(f"the student starts from random weights: {count:,} parameters, a vocabulary of {config.vocab_size}")
+        words = config.get_text_config().vocab_size
+        note(f"the student starts from random weights: {count:,} parameters, a vocabulary of {words}")
     embedding = model.get_input_embeddings()
     if (padding := getattr(embedding, "padding_idx", None)) is not None:
         # Nothing is padded here, and the token may stand between documents: it is learnt like others. Left at 0, as it is
@@ -396,7 +400,7 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
         return None
     if not run.is_file():
         raise TrainingError(f"{out} holds no run to go on with; leave --resume out to begin one")
-    before, now = json.loads(run.read_text()), recipe.to_dict()
+    before, now = read_json(run), recipe.to_dict()
     skipped, skip = (values["options"].pop("skip_chunks", ()) for values in (before, now))
     if not {*skipped} <= {*skip}:
         raise TrainingError(
@@ -411,7 +415,10 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
                 key = next(key for key in {**here, **there} if here.get(key) != there.get(key))
                 differs = f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)"
             raise TrainingError(f"{out} is another run: {differs} differs; give the same options, or another directory")
-    return checkpoint_without(out, recipe.options.skip_chunks, recipe.options.save_every)
+    checkpoint = checkpoint_without(out, recipe.options.skip_chunks, recipe.options.save_every)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def _check_same_logits(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -438,17 +445,21 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
         )
     if dtype not in ("float32", "float16", "bfloat16"):
         raise OptionError(f"--dtype is {dtype!r}; float32, float16 and bfloat16 are allowed")
-    settings, tokenizer = json.loads((run / RUN).read_text()), load_tokenizer(str(run / "tokenizer"))
+    check_checkpoint(checkpoint)
+    settings, tokenizer = read_json(run / RUN), load_tokenizer(str(run / "tokenizer"))
     if settings["config"] is None:
         return save_dense(load_any(str(checkpoint), dtype), out, tokenizer, overwrite), 0
     config = _config(settings["config"])
     method = find_method(METHODS, config.method)
     with init_empty_weights(), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(load_config(str(checkpoint)), dtype=torch.float32)
         report = start_training_(model, method, config.plan, Trained(), blank=True)
     state: dict[str, torch.Tensor] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):  # one, or shards
-        state |= load_file(path)
+        try:
+            state |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} cannot be read ({error}); it is damaged") from error
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -112,6 +112,12 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise OptionError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
+def check_eps(name: str, value: float) -> None:
+    """Raises OptionError unless `value` is fit for a norm's epsilon."""
+    if not 0 <= value < 1:
+        raise OptionError(f"{name} is {value}; a small number is needed, 0 or more")
+
+
 def check_whole(name: str, value: Any) -> None:
     """Raises OptionError unless `value` is a whole number."""
     if not isinstance(value, int) or isinstance(value, bool):

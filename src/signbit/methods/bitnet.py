@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from signbit.errors import OptionError
 from signbit.linear import BinaryLinear, PackedLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_whole, store, straight_through
+from signbit.methods.base import (
+    MethodOptions,
+    ScaleDtype,
+    check_choice,
+    check_eps,
+    check_whole,
+    store,
+    straight_through,
+)
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -53,6 +61,7 @@ class BitnetOptions(MethodOptions):
         check_choice("act_bits", self.act_bits, (8, 0))
         check_choice("ste", self.ste, ("weight", "sign"))
         check_choice("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
+        check_eps("norm_eps", self.norm_eps)
         check_whole("groups", self.groups)
         if self.groups < 1:
             raise OptionError(f"groups is {self.groups}; at least 1 is needed")

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from signbit.errors import OptionError
 from signbit.linear import BinaryLinear, PackedLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_whole, store, straight_through
+from signbit.methods.base import (
+    MethodOptions,
+    ScaleDtype,
+    check_choice,
+    check_eps,
+    check_whole,
+    store,
+    straight_through,
+)
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -61,6 +69,7 @@ class OnebitOptions(MethodOptions):
             ("scale_dtype", ("float16", "bfloat16", "float32")),
         ):
             check_choice(name, getattr(self, name), allowed)
+        check_eps("norm_eps", self.norm_eps)
         check_whole("rank", self.rank)
         if self.rank < 1:
             raise OptionError(f"rank is {self.rank}; at least one pair of vectors is needed")

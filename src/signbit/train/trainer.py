@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ from signbit.train.checkpoints import (
     checkpoints,
     finish_checkpoint,
     last_checkpoint,
+    read_json,
     read_metrics,
     remove_checkpoint,
 )
@@ -169,13 +169,17 @@ class TrainOptions:
             if name != "none" and name not in get_available_reporting_integrations():
                 raise OptionError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 
-    def check_top(self) -> None:
-        """Raises OptionError for what does not go with a teacher's likeliest tokens in its place."""
+    def check_alone(self, instead: str) -> None:
+        """Raises OptionError for what says how a teacher stands beside the student; `instead` is why none does."""
         if self.teacher_dtype != "auto" or self.teacher_device is not None or self.teacher_sharded:
             raise OptionError(
-                "--teacher-dtype, --teacher-device and --teacher-sharded are for a teacher beside the student; leave them out, "
-                "or leave out --teacher-logits"
+                "--teacher-dtype, --teacher-device and --teacher-sharded are for a teacher beside the student; leave them "
+                f"out, or {instead}"
             )
+
+    def check_top(self) -> None:
+        """Raises OptionError for what does not go with a teacher's likeliest tokens in its place."""
+        self.check_alone("leave out --teacher-logits")
         if self.cuda_graph:
             raise OptionError(
                 "--cuda-graph gives its step token ids alone, and not the teacher's logits; leave it out, or leave out "
@@ -495,9 +499,7 @@ class DistillTrainer(Trainer):
 
         Raises TrainingError if it spikes behind one checkpoint again and again, or under FSDP or DeepSpeed.
         """
-        state: dict[str, Any] = (
-            {"step": 0, "used_s": 0.0} if checkpoint is None else json.loads((checkpoint / STATE).read_text())
-        )
+        state: dict[str, Any] = {"step": 0, "used_s": 0.0} if checkpoint is None else read_json(checkpoint / STATE)
         if self.is_world_process_zero():
             self._forget_after(checkpoint, state["step"])
         self.budget.begin(state["used_s"])
@@ -512,7 +514,7 @@ class DistillTrainer(Trainer):
                     f"the loss spiked at step {spike.step}. Go on with --resume, which leaves out chunk "
                     f"{spike.skipped_chunk} behind {checkpoint}; under {self.engine['kind']} a run does not go back by itself"
                 )
-            self._train_from(checkpoint, json.loads((checkpoint / STATE).read_text())["step"])
+            self._train_from(checkpoint, read_json(checkpoint / STATE)["step"])
 
     def _forget_after(self, checkpoint: Path | None, step: int) -> None:
         """Takes away what an earlier run left that was made after the checkpoint to go on with."""
