@@ -113,6 +113,26 @@ def test_what_is_computed_is_what_is_measured(method):
             assert getattr(one, part) == pytest.approx(getattr(other, part), rel=0.01), (one.form, part)
 
 
+def test_what_is_called_measured_was(monkeypatch):
+    """A step of real tensors in each form, after one of shapes."""
+    from signbit.hub import memory as module
+
+    made = []
+
+    def spied(inner):
+        def spy(*given):
+            made.append(inner(*given))
+            return made[-1]
+
+        return spy
+
+    for name in ("_train", "_pack", "_pack_one_bit"):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    uses = memory(of(tiny_llama_config(), "fbi"), "always")
+    assert [(use.form, use.measured) for use in made] == [(use.form, one) for use in uses for one in (False, True)]
+    assert made[1::2] == uses
+
+
 def test_packed_is_what_pack_writes(llama_dir, text, tmp_path):
     words = f"distill {llama_dir} -o {tmp_path}/run --data {text} --max-steps 1 --sequence-length 16 --batch-size 4"
     assert main([*words.split(), "--validation-blocks", "0"]) == 0
