@@ -50,7 +50,7 @@ def launched(*command, gpus="", **environment):
 def words(llama_dir, text, tmp_path, out, *more):
     return (
         f"distill {llama_dir} -o {tmp_path / out} --data {text} --max-steps 6 --sequence-length 16 --batch-size 4 "
-        f"--log-every 1 --save-every 4 --validation-blocks 2 --learning-rate 0.02 --kd-beta 0.5 --precision float32 "
+        f"--log-every 1 --save-every 4 --validation-blocks 5 --learning-rate 0.02 --kd-beta 0.5 --precision float32 "
         f"--cache {tmp_path}/tokens"
     ).split() + list(more)
 

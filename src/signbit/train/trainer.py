@@ -346,19 +346,22 @@ class DistillTrainer(Trainer):
             how["output_attentions"] = True
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self._halves), self._states.listening():
             output = model(**how)
+        # Of held-out text a process may have been given sequences twice; the loss is that of the others.
+        rows = len(ids) if model.training else max(self._counted(len(ids)), 1)
         ours, last = self._states.take()
+        ours, last = [state[:rows] for state in ours], last[:rows]
         told: list[Tensor] = []
         taught = taught_last = None
         if self._taught is not None and self.teacher is not None and objective.needs_teacher:
             with torch.no_grad(), self._taught.listening():
                 taught = self.teacher(**{**how, "input_ids": ids.to(self._teacher_device)})
             told, taught_last = self._taught.take()
-            told = [state.to(ids.device) for state in told]
-            taught_last = taught_last.reshape(-1, taught_last.shape[-1]).to(ids.device)
+            told = [state[:rows].to(ids.device) for state in told]
+            taught_last = taught_last[:rows].reshape(-1, taught_last.shape[-1]).to(ids.device)
         labels = None
         if objective.kd_alpha < 1 or not model.training:  # on held-out text runs of all objectives are compared by it
-            labels = torch.full_like(ids, -100)
-            labels[:, :-1] = ids[:, 1:]
+            labels = torch.full_like(ids[:rows], -100)
+            labels[:, :-1] = ids[:rows, 1:]
             labels = labels.reshape(-1)
         kl_weight = objective.kd_alpha * objective.kd_loss_scale
         if objective.kd_reduction == "sequence":
@@ -367,14 +370,15 @@ class DistillTrainer(Trainer):
             last.reshape(-1, last.shape[-1]), self._head(), taught_last if kl_weight > 0 else None,
             self.teacher_head if kl_weight > 0 and taught is not None else None, labels, kl_weight,
             1 - objective.kd_alpha, objective, dtype=torch.bfloat16 if self._halves else None,
-            compiled=self.options.compile, top=None if top is None else Top(*(part.flatten(0, 1) for part in top)),
+            compiled=self.options.compile, top=None if top is None else Top(*(part[:rows].flatten(0, 1) for part in top)),
         )  # fmt: skip
         loss, parts = found.total, {"kl": found.kl, "cross_entropy": found.cross_entropy}
         if objective.looks_at_hidden and taught is not None:
             distance = (compiled_once(hidden_distance) if self.options.compile else hidden_distance)(ours, told)
             loss, parts["hidden"] = loss + hidden_weight * distance, distance
         if objective.kd_gamma > 0 and taught is not None:
-            distance = attention_distance(output.attentions, [part.to(ids.device) for part in taught.attentions])
+            pairs = ([part[:rows].to(ids.device) for part in one.attentions] for one in (output, taught))
+            distance = attention_distance(*pairs)
             loss, parts["attention"] = loss + objective.kd_gamma * distance, distance
         return loss, {name: value.detach() for name, value in parts.items()}
 
@@ -402,9 +406,16 @@ class DistillTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, parts = self.compute_loss(model, inputs, return_outputs=True)
-        sequences = len(inputs["input_ids"])
+        sequences = self._counted(len(inputs["input_ids"]))
         self._held_out = self._held_out + torch.stack([sequences * parts["cross_entropy"], loss.new_tensor(sequences)])
         return loss.detach(), None, None
+
+    def _counted(self, sequences: int) -> int:
+        """How many of a process's held-out sequences count: accelerate fills up the last ones with the first again."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return sequences
+        return min(max(state.remainder - self.accelerator.process_index * sequences, 0), sequences)
 
     def take_held_out(self) -> float:
         """Mean cross-entropy of the next token over the held-out sequences since it was last taken."""
@@ -568,7 +579,7 @@ def _check_engine(kind: str, optim: str, trains_head: bool) -> None:
         )
     if kind == "DEEPSPEED" and trains_head:
         raise OptionError(
-            "--train-embeddings needs the whole head, which DeepSpeed keeps in parts; use FSDP2, or leave it"
+            "training embeddings needs the whole head, which DeepSpeed keeps in parts; use FSDP2, or --no-train-embeddings"
         )
 
 
