@@ -1,4 +1,4 @@
-"""How many signs change: counted at each step of a run, and read from what it wrote."""
+"""How many signs of latents change: counted at each step of a run, and read from what it wrote."""
 
 from __future__ import annotations
 

@@ -415,7 +415,8 @@ class DistillTrainer(Trainer):
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return sequences
-        return min(max(state.remainder - self.accelerator.process_index * sequences, 0), sequences)
+        left: int = state.remainder - self.accelerator.process_index * sequences
+        return min(max(left, 0), sequences)
 
     def take_held_out(self) -> float:
         """Mean cross-entropy of the next token over the held-out sequences since it was last taken."""
