@@ -532,6 +532,13 @@ class BinaryLinear(nn.Module, ABC):
         """Says which of its parameters are trained: all, unless a method freezes some."""
         self.requires_grad_(True)
 
+    def set_progress(self, done: float) -> None:
+        """Tells the share of the training that is done, 0 … 1: before the first step, and after each.
+
+        Most methods do not anneal and ignore it. One that does keeps it in a buffer that it fills in place, for compiled
+        code and CUDA graphs hold that tensor.
+        """
+
     def pack(self) -> PackedLinear:
         """The layer for inference; a method with norms or quantized activations overrides this."""
         return PackedLinear(self.binary(), self.bias)

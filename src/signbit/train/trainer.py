@@ -24,6 +24,7 @@ from transformers.training_args import OptimizerNames
 from signbit.errors import OptionError, TrainingError
 from signbit.methods.base import check_choice
 from signbit.models.structure import find_blocks
+from signbit.train.annealing import Annealing
 from signbit.train.budget import Budget, Schedule
 from signbit.train.captured import CapturedStep
 from signbit.train.checkpoints import (
@@ -321,7 +322,8 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # Behind what says when there is a line, before those who report it (--report-to) and so see what it adds.
         told = self.callback_handler.callbacks
-        told.insert(1 + [isinstance(one, DefaultFlowCallback) for one in told].index(True), self.metrics)
+        place = 1 + [isinstance(one, DefaultFlowCallback) for one in told].index(True)
+        told[place:place] = [self.metrics, Annealing(self)]
 
     # What is learnt from.
 
