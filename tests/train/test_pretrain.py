@@ -31,6 +31,12 @@ METHOD_WORDS = {
     "ternary": "--method bitnet --weights ternary",
     "bitnet-transformers": "--method bitnet-transformers --signs trained",
     "onebit": "--method onebit",
+    "bnn": "--method bnn",
+    "xnor": "--method xnor --center --optim adamw_torch",
+    "bireal": "--method bireal --act-bits 1",
+    "irnet": "--method irnet",
+    "fda": "--method fda --optim adamw_torch",
+    "recu": "--method recu",
 }
 
 
@@ -72,7 +78,7 @@ def test_a_run_resumes_exactly_and_packs_without_a_loss(kind, llama_dir, text, t
     model.load_state_dict(state)
     ids = torch.randint(3, 60, (2, 12))
     got, want = packed(ids).logits, model.eval()(ids).logits
-    if kind in ("none", "bitnet", "bitnet-paper", "fbi"):
+    if kind in ("none", "bitnet", "bitnet-paper", "fbi", "bnn", "xnor", "bireal", "irnet", "fda", "recu"):
         assert torch.equal(got, want)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
