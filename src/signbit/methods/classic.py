@@ -180,9 +180,9 @@ def _check_between(name: str, value: float, low: float, high: float) -> None:
 class BnnOptions(ClassicOptions):
     """W̃ = sign(W), without a scale; dW = G ∘ 1[|W| ≤ 1] with G = dL/dW̃.
 
-    Source: Binarized Neural Networks (arXiv 1602.02830), eq. 1 and 4. Differs from the paper: latents are not cut to
-    −1 … 1 after a step; one beyond has no gradient, which comes to the same while the optimizer has no momentum. Raises
-    OptionError for options outside of what is allowed.
+    Source: Binarized Neural Networks (arXiv 1602.02830), eq. 1 and 4. Differs from the paper: latents are not cut back to
+    −1 … 1 after a step, for an engine may keep its own copy of them; one that has passed beyond gets no gradient of its own
+    any more (a language model's start near 0.02). Raises OptionError for options outside of what is allowed.
     """
 
     norm: Literal["none", "layer"] = "layer"
