@@ -447,6 +447,22 @@ def test_layers_are_told_at_each_step_and_checkpoints_keep_it(form, tmp_path):
         assert float(state[f"{name}.progress"]) == done
 
 
+@pytest.mark.parametrize("name", ["xnor", "irnet"])
+def test_signbit_distill_trains_it(name, llama_dir, tmp_path, capsys):
+    """From its teacher's weights; a run that is resumed is in test_pretrain."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{7 * i % 61}" for i in range(2000)))
+    command = (
+        f"distill {llama_dir} -o {tmp_path}/run --method {name} --data {text} --max-steps 4 --sequence-length 16 "
+        "--batch-size 4 --log-every 2 --validation-blocks 2"
+    )
+    assert main(command.split()) == 0, capsys.readouterr().err
+    assert all(line["kl"] > 0 for line in metrics(tmp_path / "run") if "loss" in line)
+    assert main(f"pack {tmp_path}/run -o {tmp_path}/out".split()) == 0, capsys.readouterr().err
+    packed = load_any(str(tmp_path / "out"), "float32")
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
