@@ -1,6 +1,7 @@
 """The classic binarizers beside the formulas of their papers, written out entry by entry, and what annealing does to them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ from signbit.train import (
     binary_layers,
     latents,
     pack_training_,
-    set_progress,
     start_training_,
 )
+from signbit.train.annealing import Annealing
 
 NAMES = ("bnn", "xnor", "bireal", "irnet", "fda", "recu")
 FORMS = {
@@ -296,12 +297,17 @@ def test_progress_is_a_buffer_that_is_filled_in_place_where_it_is_needed():
             assert made.progress is before and float(before) == 0.25
 
 
-def test_all_is_done_where_a_budget_is_exceeded():
-    model = families.llama()
-    start_training_(model, METHODS["recu"], Plan(make_options(METHODS, "recu", {})), Trained())
-    for done, told in ((0.5, 0.5), (1.7, 1.0)):
-        set_progress(model, done)
+def test_a_budget_of_minutes_is_followed_to_its_end_and_not_beyond():
+    model, _ = model_of("recu")
+    budget = Budget(None, 2.0)
+    callback, state = Annealing(SimpleNamespace(model=model, budget=budget)), SimpleNamespace(global_step=7)
+    for used_s, told, tell in ((0.0, 0.0, callback.on_train_begin), (90.0, 0.75, callback.on_step_end)):
+        budget.used_s = used_s
+        tell(None, state, None)
         assert {float(made.progress) for _, made in binary_layers(model)} == {told}
+    budget.used_s = 120.5
+    callback.on_step_end(None, state, None)
+    assert {float(made.progress) for _, made in binary_layers(model)} == {1.0}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -375,7 +381,8 @@ def model_of(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_whole_model_packs_to_its_logits(form, by_the_reference):
     model, report = model_of(form)
-    set_progress(model, 0.7)
+    for _, made in binary_layers(model):
+        made.set_progress(0.7)
     ids = torch.randint(3, 60, (2, 12))
     want = model.eval()(ids).logits
     pack_training_(model, report)
@@ -397,6 +404,8 @@ def test_signbit_quantize_writes_it(name, llama_dir, tmp_path, capsys):
 
 # Training.
 
+LEARNERS = FORMS | {"bireal-signs": ("bireal", {"act_bits": 1})}
+
 
 def rows(count=64):
     """Sequences in which each token follows from the one before."""
@@ -404,7 +413,7 @@ def rows(count=64):
 
 
 def trainer(form, out, model=None, steps=30, **options):
-    name, values = FORMS.get(form, (form, {}))
+    name, values = LEARNERS[form]
     if model is None:
         model = families.llama()
         for part in (model.lm_head, model.get_input_embeddings()):
@@ -418,10 +427,9 @@ def trainer(form, out, model=None, steps=30, **options):
     return DistillTrainer(model, None, Objective(kd_alpha=0.0), how, Schedule(), budget, data, None, out)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "bireal-signs"])
-def test_a_tiny_model_learns_by_its_signs_alone(form, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", LEARNERS)
+def test_a_tiny_model_learns_by_its_signs_alone(form, tmp_path):
     """Embeddings, head and norms are as random as they were: nothing but latents is trained."""
-    monkeypatch.setitem(FORMS, "bireal-signs", ("bireal", {"act_bits": 1}))
     made = trainer(form, tmp_path)
     before = {name: p.clone() for name, p in made.model.named_parameters() if not p.requires_grad}
     assert len(latents(made.model)) == sum(p.requires_grad for p in made.model.parameters()) == 14

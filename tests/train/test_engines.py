@@ -100,6 +100,8 @@ def check(llama_dir, text, tmp_path, engine, kind, more=(), offload="none", gpus
         ("DDP", "MULTI_CPU", ()),
         ("FSDP", "FSDP", ()),
         ("FSDP", "FSDP", ("--optim", "adamw_torch")),
+        ("DDP", "MULTI_CPU", ("--method", "recu")),  # whose layers have a buffer, which anneals
+        ("FSDP", "FSDP", ("--method", "recu")),
         pytest.param("ZeRO-3", "DEEPSPEED", ("--optim", "adamw_torch"), marks=needs_deepspeed),
     ],
 )

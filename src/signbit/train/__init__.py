@@ -23,7 +23,6 @@ from signbit.train.students import (
     latents,
     matrices,
     pack_training_,
-    set_progress,
     start_dense_,
     start_training_,
 )
@@ -60,7 +59,6 @@ __all__ = [
     "pack_training_",
     "read_flips",
     "read_metrics",
-    "set_progress",
     "soft_cross_entropy",
     "start_dense_",
     "start_training_",

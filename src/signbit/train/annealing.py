@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from signbit.train.students import set_progress
+from signbit.linear import BinaryLinear
+from signbit.train.students import binary_layers
 
 if TYPE_CHECKING:
     from signbit.train.trainer import DistillTrainer
@@ -21,9 +22,16 @@ class Annealing(TrainerCallback):
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self._trainer = trainer
+        self._layers: list[BinaryLinear] = []
+
+    def _tell(self, step: int) -> None:
+        done = min(self._trainer.budget.done(step), 1.0)  # the last step of a budget of minutes ends beyond it
+        for layer in self._layers:
+            layer.set_progress(done)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_progress(self._trainer.model, self._trainer.budget.done(state.global_step))
+        self._layers = [layer for _, layer in binary_layers(self._trainer.model)]
+        self._tell(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_progress(self._trainer.model, self._trainer.budget.done(state.global_step))
+        self._tell(state.global_step)

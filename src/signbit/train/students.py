@@ -94,12 +94,6 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
     return [m.weight for m in modules if isinstance(m, (nn.Linear, Conv1D)) and isinstance(m.weight, nn.Parameter)]
 
 
-def set_progress(model: nn.Module, done: float) -> None:
-    """Tells the trainable layers of `model` which share of the training is done; beyond 1 it is all."""
-    for _, layer in binary_layers(model):
-        layer.set_progress(min(done, 1.0))
-
-
 @dataclass(frozen=True)
 class Packed:
     """What packing found: the report, and how many latents are exactly 0, whose sign is +1 by definition."""
