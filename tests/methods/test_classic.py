@@ -301,7 +301,7 @@ def test_a_budget_of_minutes_is_followed_to_its_end_and_not_beyond():
     model, _ = model_of("recu")
     budget = Budget(None, 2.0)
     callback, state = Annealing(SimpleNamespace(model=model, budget=budget)), SimpleNamespace(global_step=7)
-    for used_s, told, tell in ((0.0, 0.0, callback.on_train_begin), (90.0, 0.75, callback.on_step_end)):
+    for used_s, told, tell in ((30.0, 0.25, callback.on_train_begin), (90.0, 0.75, callback.on_step_end)):
         budget.used_s = used_s
         tell(None, state, None)
         assert {float(made.progress) for _, made in binary_layers(model)} == {told}
