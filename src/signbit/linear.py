@@ -520,6 +520,25 @@ class BinaryLinear(nn.Module, ABC):
         """The same with parameters that a checkpoint will fill: `weight` may be on the meta device, and is not looked at."""
         return cls.start(weight, bias, options)
 
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: Any) -> BinaryLinear:
+        """The layer that goes on where `packed` ended: its signs, scales and codes, and the bias.
+
+        `weight` float [N, K] is the matrix that was binarized, of which latents take their magnitude; None: they take
+        |scale|. Raises OptionError for a packed layer that this one cannot hold.
+        """
+        raise OptionError(
+            f"{cls.__name__} cannot go on from a packed layer; go on from the run itself (signbit finetune RUN)"
+        )
+
+    @classmethod
+    def with_salient(cls, weight: Tensor, bias: Tensor | None, salient: Tensor, options: Any) -> BinaryLinear:
+        """As `start`, with the salient weights where `salient` bool [N, K] is True.
+
+        Raises OptionError for a method that has none.
+        """
+        raise OptionError("this method has no salient weights; leave out --masks, or use --method pbllm")
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """y = x · W̃ᵀ + bias with the binarized W̃, differentiable in the latent weight (straight-through)."""

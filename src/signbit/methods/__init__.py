@@ -23,7 +23,7 @@ from signbit.methods.classic import (
 from signbit.methods.fbi import FbiLinear, FbiOptions
 from signbit.methods.gptq import Moments
 from signbit.methods.onebit import OnebitLinear, OnebitOptions
-from signbit.methods.pbllm import PbGptqOptions, PbllmOptions
+from signbit.methods.pbllm import PbGptqOptions, PbllmLinear, PbllmOptions
 
 #: Every method; a new one is one file beside these and one line here.
 METHODS: dict[str, Method] = {
@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
     "recu": Method(RecuOptions, layer=ClassicLinear),
     "fbi": Method(FbiOptions, layer=FbiLinear),
     "onebit": Method(OnebitOptions, layer=OnebitLinear),
-    "pbllm": Method(PbllmOptions),
+    "pbllm": Method(PbllmOptions, layer=PbllmLinear),
     "pb-gptq": Method(PbGptqOptions),
 }
 
@@ -63,6 +63,7 @@ __all__ = [
     "OnebitLinear",
     "OnebitOptions",
     "PbGptqOptions",
+    "PbllmLinear",
     "PbllmOptions",
     "RecuOptions",
     "XnorOptions",

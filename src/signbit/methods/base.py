@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ class MethodOptions(ABC):
 
     The docstring under each field is its help text on the command line.
     """
+
+    #: What only training looks at, so that a student that goes on from a packed directory may have it otherwise.
+    TRAINING: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def training_defaults(cls) -> dict[str, Any]:
+        """Defaults of a training run, where they differ from those of quantizing."""
+        return {}
 
     @property
     def packs(self) -> bool:
