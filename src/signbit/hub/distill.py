@@ -31,19 +31,21 @@ from signbit.data import (
 from signbit.data.calibration import Progress
 from signbit.data.tokenfile import tokenizer_digest, vocabulary_size
 from signbit.errors import FormatError, OptionError, TrainingError
+from signbit.format import read_description
 from signbit.hub.config import SignbitConfig
-from signbit.hub.load import load_any, load_config, load_tokenizer, torch_device
+from signbit.hub.load import is_packed, load_any, load_config, load_tokenizer, torch_device
 from signbit.hub.quantizer import finish_
 from signbit.hub.save import save, save_dense
 from signbit.hub.stream import source_digests
 from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.methods import METHODS
 from signbit.methods.base import find_method
-from signbit.models import Shape, set_module
+from signbit.models import Report, Shape, linear_parts, set_module, split_experts_
 from signbit.models.structure import find_blocks
 from signbit.train import (
     METRICS,
     RUN,
+    Before,
     Budget,
     DistillTrainer,
     Objective,
@@ -55,6 +57,7 @@ from signbit.train import (
     pack_training_,
     start_dense_,
     start_training_,
+    train_parts_,
 )
 from signbit.train.checkpoints import check_checkpoint, read_json, write_whole
 from signbit.train.plot import plot_run
@@ -75,10 +78,37 @@ class Start:
     """Take the model's shape and not its weights."""
     shape: Shape | None = None
     """Where there is no model."""
+    goes_on: bool = False
+    """Whether `model` is a packed directory, or the directory of a run, whose binary layers are trained on as they are. A
+    packed model is else a dense one that a student starts from like any other."""
+    source: str | None = None
+    """Full-precision model that a packed directory was made of: latents get the magnitudes of its weights."""
+    masks: str | None = None
+    """Packed directory of the same model, whose salient weights the student's are."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.shape is None):
             raise OptionError("a student starts from a model or from a shape; give one of both")
+        if self.source is not None and (not self.goes_on or is_run(self.model)):
+            raise OptionError(
+                f"--source is for a student that goes on from a packed directory, and {self.model} is none; leave it out"
+            )
+        if self.masks is not None and (self.goes_on or self.model is None or self.random):
+            raise OptionError(
+                "--masks is for a student that starts from a model in full precision: one that goes on has its own; leave it "
+                "out"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what only some students have is left out where they have not."""
+        values = asdict(self)
+        return {k: v for k, v in values.items() if v or k not in ("goes_on", "source", "masks")}
+
+    def digests(self) -> dict[str, str]:
+        """What tells the packed directories apart, wherever they lie: the SHA-256 of their tensors."""
+        packed = {"model": self.model if self.goes_on and not is_run(self.model) else None, "masks": self.masks}
+        found = {key: read_description(path)[1].tensors_sha256 for key, path in packed.items() if path is not None}
+        return {key: digest for key, digest in found.items() if digest is not None}
 
 
 @dataclass(frozen=True)
@@ -113,7 +143,7 @@ class Recipe:
         """Plain JSON values."""
         return {
             "signbit": VERSION,
-            "start": asdict(self.start),
+            "start": self.start.to_dict(),
             "teacher": self.teacher,
             "tokenizer": self.tokenizer,
             "config": None if self.config is None else self.config.settings(),
@@ -126,8 +156,46 @@ class Recipe:
 
 
 def _config(settings: dict[str, Any]) -> SignbitConfig:
-    values = {key: value for key, value in settings.items() if key not in ("options", "signbit_version")}
+    values = {key: value for key, value in settings.items() if key not in ("options", "signbit_version", "calibration")}
     return SignbitConfig(**values, **settings["options"])
+
+
+def is_run(name: str | None) -> bool:
+    """Whether `name` is the directory of a training run."""
+    return name is not None and (Path(name) / RUN).is_file()
+
+
+def config_to_go_on(name: str, source: str | None = None) -> SignbitConfig | None:
+    """How the student is binary that goes on from `name`: a run, or a packed directory; None for a model that is neither.
+
+    `source` is the one that its latents get magnitudes of. A packed layer with shifts, and one with a `source`, goes on
+    with a scale that is learned. Raises FormatError for a damaged directory, OptionError for what is not trained.
+    """
+    if is_run(name):
+        settings = json.loads((Path(name) / RUN).read_text(encoding="utf-8"))["config"]
+        if settings is None:
+            raise OptionError(
+                f"{name} is a run in full precision; pack it (signbit pack {name} -o OUT) and start from OUT"
+            )
+        return _config(settings)
+    if not is_packed(name):
+        return None
+    _, description = read_description(name)
+    settings = dict(description.settings)
+    if "method" not in settings:
+        raise FormatError(f"{name} does not say by which method it was made; quantize the source model again")
+    if find_method(METHODS, settings["method"]).layer is None:
+        settings["method"] = "pbllm"  # PB-GPTQ's result is one of the same form
+    settings |= {"head": "keep"}  # an int8 head is trained as a dense one
+    specs = [spec for layer in description.layers.values() for spec in layer.weights]
+    options = dict(settings["options"])
+    if settings["method"] == "pbllm" and (source is not None or any(spec.shift for spec in specs)):
+        options["scale"] = "learned"
+        settings["rules"] = [
+            (pattern, {k: v for k, v in values.items() if k != "scale"})
+            for pattern, values in settings.get("rules", ())
+        ]
+    return _config({**settings, "options": options})
 
 
 def _dense(name: str, device: str, dtype: torch.dtype, start: bool = True) -> Any:
@@ -137,6 +205,12 @@ def _dense(name: str, device: str, dtype: torch.dtype, start: bool = True) -> An
     packed in a teacher; in a `start` it raises FormatError.
     """
     model = load_any(name, str(dtype).removeprefix("torch."), device)
+    _unpack_(model, name, device, dtype, start)
+    return model
+
+
+def _unpack_(model: Any, name: str, device: str, dtype: torch.dtype, start: bool) -> None:
+    """Puts dense layers in the places of packed ones, in place, as `_dense` says."""
     tied: dict[int, torch.nn.Parameter] = {}
     for path, module in list(model.named_modules()):
         if not isinstance(module, (PackedLinear, Int8Embedding, Int8Head)):
@@ -154,7 +228,6 @@ def _dense(name: str, device: str, dtype: torch.dtype, start: bool = True) -> An
     if getattr(model, "hf_quantizer", None) is not None:  # no longer: transformers refuses to train a quantized model
         model.hf_quantizer.remove_quantization_config(model)
         model.hf_quantizer = None
-    return model
 
 
 def _unpacked(
@@ -288,12 +361,7 @@ def train(
     if logits is not None:
         blocks = TaughtBlocks(data, logits), None if validation is None else TaughtBlocks(validation, logits)
     torch.manual_seed(options.seed)
-    student = _student(recipe, tokenizer, where, note)
-    if recipe.config is None:
-        report = start_dense_(student, recipe.trained)
-    else:
-        method = find_method(METHODS, recipe.config.method)
-        report = start_training_(student, method, recipe.config.plan, recipe.trained)
+    student, report = _student(recipe, tokenizer, where, note)
     teacher = None
     if recipe.objective.needs_teacher and logits is None:
         assert recipe.teacher is not None
@@ -309,6 +377,7 @@ def train(
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(out / "tokenizer")
         described = {**recipe.to_dict(), "engine": trainer.engine, "tokens": tokens, "teacher_logits": told}
+        described["start_digests"] = recipe.start.digests()
         described["report"] = asdict(report)
         write_whole(out / RUN, json.dumps(described, indent=2) + "\n")
     trainer.run(checkpoint)
@@ -320,7 +389,100 @@ def train(
     return last
 
 
-def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], None]) -> Any:
+def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], None]) -> tuple[Any, Report]:
+    """The model that is trained, float32, and what was done to its layers."""
+    start, config = recipe.start, recipe.config
+    if start.goes_on and is_run(start.model):
+        assert start.model is not None
+        student, report = _latent(Path(start.model), where)
+        _prepare_embedding_(recipe, student, tokenizer)
+        if config is None or config.settings() != read_json(Path(start.model) / RUN)["config"]:
+            raise OptionError(
+                f"{start.model} is a run with settings of its own, which its student keeps; leave them out"
+            )
+        train_parts_(student, recipe.trained)
+        return student, report
+    before = None
+    if start.goes_on:
+        assert start.model is not None
+        student, packed = _opened(start.model, where)
+        before = Before(packed)
+        if start.source is not None:
+            source = _dense(start.source, where, torch.float32)
+            before = Before(packed, _weights_of(source, student, start.source, start.model))
+        else:
+            note(
+                f"the latents that go on from {start.model} are its signs × |scale|; --source MODEL, the model it was made of, "
+                "gives them |w − shift|"
+            )
+    else:
+        student = _model(recipe, tokenizer, where, note)
+        if start.masks is not None:
+            masked, packed = _opened(start.masks, where)
+            _weights_of(student, masked, start.model, start.masks)  # raises for another model's
+            before = Before(packed, masks_alone=True)
+    _prepare_embedding_(recipe, student, tokenizer)
+    if config is None:
+        return student, start_dense_(student, recipe.trained)
+    method = find_method(METHODS, config.method)
+    return student, start_training_(student, method, config.plan, recipe.trained, before=before)
+
+
+def _opened(name: str, device: str) -> tuple[Any, dict[str, PackedLinear]]:
+    """A packed model in which everything but its packed layers is dense and float32, and those by name.
+
+    In their places stand linears without weights, on the meta device.
+    """
+    if not is_packed(name):
+        raise OptionError(f"{name} is no packed directory; give one that signbit quantize or pack wrote")
+    model = load_any(name, "float32", device)
+    packed = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for path, module in packed.items():
+        rows, columns = module.out_features, module.in_features
+        set_module(model, path, torch.nn.Linear(columns, rows, bias=module.bias is not None, device="meta"))
+    _unpack_(model, name, device, torch.float32, start=True)
+    return model, packed
+
+
+def _weights_of(source: Any, opened: Any, source_name: str | None, packed_name: str) -> Callable[[str], torch.Tensor]:
+    """The matrices of `source` by the names of layers; raises OptionError unless `opened`, packed, was made of it.
+
+    What tells is content and no name: the embedding, which packing leaves as it is, or keeps in 8 bits.
+    """
+    one, other = (model.get_input_embeddings().weight.detach().float() for model in (source, opened))
+    same = one.shape == other.shape
+    if same:
+        allowed = 0.0
+        if _int8_embedding(packed_name):
+            allowed = one.abs().amax(dim=1, keepdim=True) / 127 * 0.52  # half a step, rounded scales
+        same = bool(((one - other).abs() <= allowed).all())
+    if not same:
+        raise OptionError(
+            f"{packed_name} was not made of {source_name}: their embeddings differ; give the model that it was made of"
+        )
+    split_experts_(source)
+    return lambda name: linear_parts(source.get_submodule(name))[0].detach()
+
+
+def _int8_embedding(packed: str) -> bool:
+    return any(spec.kind == "embedding" for spec in read_description(packed)[1].int8.values())
+
+
+def _prepare_embedding_(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """What holds for every student's embedding: its padding token is learnt, and it has a row for each token."""
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        # Nothing is padded here, and the token may stand between documents: it is learnt like others.
+        embedding.padding_idx = None
+    needed, rows = vocabulary_size(tokenizer), embedding.weight.shape[0]
+    if recipe.tokenizer != recipe.start.model and rows < needed:
+        raise OptionError(
+            f"the tokenizer {recipe.tokenizer} has {needed} tokens, the student a vocabulary of {rows}; give the tokenizer "
+            "that belongs to it"
+        )
+
+
+def _model(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], None]) -> Any:
     """The dense model that the student starts as, float32: as it is stored, or drawn at random.
 
     A random one has the teacher's vocabulary, or where there is no teacher its tokenizer's, if no model says another.
@@ -344,19 +506,11 @@ def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], N
         words = config.get_text_config().vocab_size
         note(f"the student starts from random weights: {count:,} parameters, a vocabulary of {words}")
     embedding = model.get_input_embeddings()
-    if (padding := getattr(embedding, "padding_idx", None)) is not None:
-        # Nothing is padded here, and the token may stand between documents: it is learnt like others. Left at 0, as it is
-        # made, norms multiply its gradient by hundreds in each layer.
-        embedding.padding_idx = None
-        if start.model is None or start.random:
-            std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-            torch.nn.init.normal_(embedding.weight.data[padding], std=std)
-    rows = embedding.weight.shape[0]
-    if recipe.tokenizer != start.model and rows < needed:
-        raise OptionError(
-            f"the tokenizer {recipe.tokenizer} has {needed} tokens, the student a vocabulary of {rows}; give the tokenizer "
-            "that belongs to it"
-        )
+    padding = getattr(embedding, "padding_idx", None)
+    if padding is not None and (start.model is None or start.random):
+        # Left at 0, as it is made, norms multiply the gradient of its row by hundreds in each layer.
+        std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+        torch.nn.init.normal_(embedding.weight.data[padding], std=std)
     return model
 
 
@@ -401,6 +555,14 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     if not run.is_file():
         raise TrainingError(f"{out} holds no run to go on with; leave --resume out to begin one")
     before, now = read_json(run), recipe.to_dict()
+    digests = recipe.start.digests()
+    for key, digest in (before.get("start_digests") or {}).items():
+        if digests.get(key) == digest:  # the same directory, wherever it lies
+            now["start"][key] = before["start"][key]
+        elif key in digests and before["start"].get(key) == now["start"].get(key):
+            raise TrainingError(
+                f"{out} is another run: {before['start'][key]} has changed since; give another directory"
+            )
     skipped, skip = (values["options"].pop("skip_chunks", ()) for values in (before, now))
     if not {*skipped} <= {*skip}:
         raise TrainingError(
@@ -430,6 +592,32 @@ def _check_same_logits(out: Path, before: dict[str, Any], now: dict[str, Any]) -
         )
 
 
+def _latent(run: Path, device: str = "cpu") -> tuple[Any, Report]:
+    """The student of a run's newest complete checkpoint, float32, and what was done to its layers."""
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
+        raise TrainingError(f"{run} holds no complete checkpoint; wait for --save-every steps")
+    check_checkpoint(checkpoint)
+    config = _config(read_json(run / RUN)["config"])
+    method = find_method(METHODS, config.method)
+    with init_empty_weights(), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(load_config(str(checkpoint)), dtype=torch.float32)
+        report = start_training_(model, method, config.plan, Trained(), blank=True)
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):  # one, or shards
+        try:
+            state |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} cannot be read ({error}); it is damaged") from error
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if unexpected or (missing := [name for name in missing if name not in tied]):
+        name = (list(unexpected) or missing)[0]
+        raise FormatError(f"{checkpoint}: the tensor {name} is {'unknown' if unexpected else 'missing'}; it is damaged")
+    return model.to(device), report
+
+
 def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str = "float32") -> tuple[Path, int]:
     """Writes the newest complete checkpoint of `run` as a packed directory; returns it and how many latents were 0.
 
@@ -450,25 +638,10 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
     if settings["config"] is None:
         return save_dense(load_any(str(checkpoint), dtype), out, tokenizer, overwrite), 0
     config = _config(settings["config"])
-    method = find_method(METHODS, config.method)
-    with init_empty_weights(), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(load_config(str(checkpoint)), dtype=torch.float32)
-        report = start_training_(model, method, config.plan, Trained(), blank=True)
-    state: dict[str, torch.Tensor] = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):  # one, or shards
-        try:
-            state |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path} cannot be read ({error}); it is damaged") from error
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if unexpected or (missing := [name for name in missing if name not in tied]):
-        name = (list(unexpected) or missing)[0]
-        raise FormatError(f"{checkpoint}: the tensor {name} is {'unknown' if unexpected else 'missing'}; it is damaged")
+    model, report = _latent(run)
     packed = pack_training_(model, report, dtype)
     model.to(getattr(torch, dtype))
     finish_(model, config, packed.report)
     start, command = settings["start"], f"signbit pack {run}"
-    base = None if start["random"] else start["model"]
+    base = None if start["random"] else start.get("source") or start["model"]
     return save(model.eval(), out, tokenizer, packed.report, base, command, overwrite), packed.zeros

@@ -64,7 +64,8 @@ def _explained(model: str) -> Iterator[None]:
         raise _explain(model, error) from error
 
 
-def _is_packed(model: str) -> bool:
+def is_packed(model: str) -> bool:
+    """Whether `model` is a directory that signbit packed."""
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -110,7 +111,7 @@ def load_any(model: str, dtype: str = "auto", device: str = "cpu") -> Any:
     torch_dtype, device = _torch_dtype(dtype, device), torch_device(device)
     _check_directory(model)
     with _explained(model):
-        loaded = load(model, dtype=torch_dtype) if _is_packed(model) else _from_pretrained(model, dtype=torch_dtype)
+        loaded = load(model, dtype=torch_dtype) if is_packed(model) else _from_pretrained(model, dtype=torch_dtype)
     return loaded.to(device).eval()
 
 

@@ -391,6 +391,8 @@ class PbllmLinear(BinaryLinear):
     codes: Tensor
     step: Tensor
     zero: Tensor
+    scale: nn.Parameter | None
+    shift: nn.Parameter | None
 
     def __init__(
         self,

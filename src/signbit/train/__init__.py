@@ -17,6 +17,7 @@ from signbit.train.objectives import (
 )
 from signbit.train.outputs import States, head_of
 from signbit.train.students import (
+    Before,
     Packed,
     Trained,
     binary_layers,
@@ -25,12 +26,14 @@ from signbit.train.students import (
     pack_training_,
     start_dense_,
     start_training_,
+    train_parts_,
 )
 from signbit.train.trainer import DistillTrainer, TrainOptions
 
 __all__ = [
     "METRICS",
     "RUN",
+    "Before",
     "Budget",
     "DistillTrainer",
     "FlipHistory",
@@ -63,4 +66,5 @@ __all__ = [
     "start_dense_",
     "start_training_",
     "top_kl_divergence",
+    "train_parts_",
 ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from signbit import ptq
 from signbit.errors import OptionError, SignbitError, WeightError
-from signbit.linear import BinaryLinear
+from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.base import Method, store
 from signbit.models import Decision, Report, find_structure, linear_parts, set_module, split_experts_
 from signbit.models.structure import find_blocks
@@ -27,11 +28,49 @@ class Trained:
     """Also train the embeddings, and the output head if it is another tensor."""
 
 
-def start_training_(model: nn.Module, method: Method, plan: ptq.Plan, trained: Trained, blank: bool = False) -> Report:
+@dataclass(frozen=True)
+class Before:
+    """Packed layers by name, and what a student's layers take of them."""
+
+    layers: Mapping[str, PackedLinear]
+    weight: Callable[[str], Tensor] | None = None
+    """The matrix [N, K] of which a layer was binarized, from which latents have their magnitudes; None: |scale|."""
+    masks_alone: bool = False
+    """Take only which weights are salient, and everything else of the model itself."""
+
+    def layer(
+        self, name: str, kind: type[BinaryLinear], weight: Tensor, bias: Tensor | None, options: Any
+    ) -> BinaryLinear:
+        """The trainable layer `name`, in the place of a linear of `weight` [N, K]; raises OptionError if there is none."""
+        packed = self.layers.get(name)
+        if packed is None:
+            raise OptionError("it is not packed in the directory that is gone on from; keep it with --keep")
+        if tuple(weight.shape) != (packed.out_features, packed.in_features):
+            raise OptionError(
+                f"it is {list(weight.shape)}, and {packed.out_features} × {packed.in_features} in the packed directory, which "
+                "is of another model"
+            )
+        if not self.masks_alone:
+            return kind.from_packed(packed, None if self.weight is None else self.weight(name), options)
+        salient = packed.weights[0].salient
+        if salient is None:
+            raise OptionError("it has no salient weights in the directory of --masks; give one of pbllm or pb-gptq")
+        return kind.with_salient(weight, bias, salient.unpack(*weight.shape)[0], options)
+
+
+def start_training_(
+    model: nn.Module,
+    method: Method,
+    plan: ptq.Plan,
+    trained: Trained,
+    blank: bool = False,
+    before: Before | None = None,
+) -> Report:
     """Puts the method's trainable layer in the place of each linear of the blocks, in place; returns what was done.
 
     Latents are float32 whatever the model's dtype. `blank` leaves the layers to be filled by a checkpoint; the model may
-    then be on the meta device. Raises StructureError and OptionError as `quantize_` does, and
+    then be on the meta device. `before` holds packed layers that they go on from; the weights of `model` in their places
+    may then be on the meta device. Raises StructureError and OptionError as `quantize_` does, and
     OptionError for a method that has no trainable layer.
     """
     if method.layer is None:
@@ -40,22 +79,32 @@ def start_training_(model: nn.Module, method: Method, plan: ptq.Plan, trained: T
     structure = ptq.find_targets(model, plan)
     if not blank:
         for name, parameter in model.named_parameters():
-            ptq.check_finite(name, parameter)
+            if not parameter.is_meta:
+                ptq.check_finite(name, parameter)
     make = method.layer.blank if blank else method.layer.start
     decisions = []
     for target in structure.targets:
         weight, bias = linear_parts(model.get_submodule(target.name))
+        options = plan.options_of(target.name)
         try:
-            layer = make(weight.detach().float(), bias, plan.options_of(target.name))
+            if before is not None:
+                layer = before.layer(target.name, method.layer, weight.detach(), bias, options)
+            else:
+                layer = make(weight.detach().float(), bias, options)
         except SignbitError as error:
             raise type(error)(f"{target.name}: {error}") from error
         set_module(model, target.name, layer)
         entries = target.out_features * target.in_features
         decisions.append(Decision(target.name, "binarized", ptq.LINEAR, entries, weights=entries))
+    train_parts_(model, trained)
+    return Report((*decisions, *structure.kept), structure.block_parameters)
+
+
+def train_parts_(model: nn.Module, trained: Trained) -> None:
+    """Says of a model with trainable layers what is trained."""
     _train_rest_(model, trained)
     for _, layer in binary_layers(model):
         layer.train_parts_()
-    return Report((*decisions, *structure.kept), structure.block_parameters)
 
 
 def start_dense_(model: nn.Module, trained: Trained) -> Report:
