@@ -215,7 +215,10 @@ def test_what_cannot_be_told_is_refused(llama_dir, tmp_path, capsys):
         ("", "of what? give MODEL (a directory, a config.json, a hub id), or --recipe NAME"),
         (f"--recipe {tmp_path}/mine.toml", "leaves the vocabulary to the tokenizer; give --vocabulary N"),
         (f"{llama_dir} --sequences 0", "--sequences and --vocabulary are at least 1"),
-        (f"{llama_dir} --method pbllm", "the method pbllm is not trained; signbit quantize --method pbllm --dry-run"),
+        (
+            f"{llama_dir} --method pb-gptq",
+            "the method pb-gptq is not trained; signbit quantize --method pb-gptq --dry-run",
+        ),
         (f"{tmp_path}/none/there", "there is no directory"),
         (f"{tmp_path}/mine.toml", "is no config.json of a model"),
         (f"{tmp_path}/mixture", "depends on more than shapes (experts, images)"),

@@ -170,8 +170,10 @@ def test_what_does_not_belong_together_is_refused(ptq_dir, llama_dir, text, toke
     for words, message in (
         (f"{ptq_dir} --source {other}", "was not made of"),
         (f"{other} --masks {ptq_dir}", "was not made of"),
-        (f"{llama_dir} --masks {signbit_dir}", "has no salient weights in the directory of --masks"),
-        (f"{llama_dir} --masks {llama_dir}", "is no packed directory"),
+        (f"{llama_dir} --masks {signbit_dir}", "is no packed directory of pbllm or pb-gptq"),
+        (f"{llama_dir} --masks {llama_dir}", "is no packed directory of pbllm or pb-gptq"),
+        (f"{llama_dir} --masks {ptq_dir} --salient 0.3", "whose masks are taken; leave out --salient"),
+        (f"{llama_dir} --masks {ptq_dir} --method onebit", "this method has no salient weights"),
         (f"{llama_dir} --source {llama_dir}", "--source is for a student that goes on from a packed directory"),
         (f"{ptq_dir} --masks {ptq_dir}", "--masks is for a student that starts from a model in full precision"),
         (f"{ptq_dir} --salient 0.3", "salient is 0.1 in"),

@@ -9,14 +9,14 @@ from transformers import LlamaForCausalLM
 from signbit.cli import main
 from signbit.errors import OptionError
 from signbit.models import Shape
-from signbit.train.recipe import read_recipe, recipe_names
+from signbit.train.recipe import read_recipe, recipe_names, verb_of
 from tests import families
 
 NAMES = recipe_names()
 
 
 def test_the_published_ones_are_there(capsys):
-    distilled, pretrained = recipe_names(pretrained=False), recipe_names(pretrained=True)
+    distilled, pretrained, finetuned = (recipe_names(verb) for verb in ("distill", "pretrain", "finetune"))
     onebit = ("llama-7b", "llama-13b", "llama-2-7b", "llama-2-13b", "opt-1.3b", "opt-2.7b")
     assert {f"onebit-{name}" for name in onebit} < set(distilled)
     bitnet = ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "30b")
@@ -25,8 +25,10 @@ def test_the_published_ones_are_there(capsys):
         *(f"bitnet-{name}" for name in bitnet), *(f"fbi-{name}" for name in fbi), "bitllama-wikitext103",
         *(f"scratch-{name}" for name in ("dense", "fbi-ar", "fbi-ad", "bitnet")),
     }  # fmt: skip
-    assert not set(distilled) & set(pretrained) and {**distilled, **pretrained} == NAMES
-    for verb, theirs in (("distill", distilled), ("pretrain", pretrained)):
+    assert {f"pbllm-opt-{name}" for name in ("125m", "350m-quotes", "1.3b", "1.3b-hessian")} <= set(finetuned)
+    assert {**distilled, **pretrained, **finetuned} == NAMES
+    assert len(distilled) + len(pretrained) + len(finetuned) == len(NAMES)
+    for verb, theirs in (("distill", distilled), ("pretrain", pretrained), ("finetune", finetuned)):
         assert main([verb, "--list"]) == 0
         printed = capsys.readouterr().out
         assert all(name in printed and about in printed for name, about in theirs.items())
@@ -41,9 +43,15 @@ def test_a_recipe_runs(name, tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(f"w{i % 61}" for i in range(4000)))
     recipe = read_recipe(name)
-    pretrained = name in recipe_names(pretrained=True)
-    if not pretrained:
-        words = f"distill {tmp_path}/model"
+    _, verb = verb_of(recipe)
+    if verb != "pretrain":
+        words = f"{verb} {tmp_path}/model"
+        if "masks" in recipe:
+            made_by = (
+                f"--method pb-gptq --salient 0.1 --calibration {tmp_path}/text.txt --samples 4 --sequence-length 16"
+            )
+            assert main(f"quantize {tmp_path}/model -o {tmp_path}/{recipe['masks']} {made_by}".split()) == 0
+            words += f" --masks {tmp_path}/{recipe['masks']}"
     else:
         words = "pretrain --hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4"
         words += f" --{'teacher' if recipe['objective']['kd_alpha'] > 0 else 'tokenizer'} {tmp_path}/model"
@@ -72,7 +80,7 @@ def test_a_recipe_runs(name, tokenizer, tmp_path, capsys):
     assert main(f"pack {tmp_path}/run -o {tmp_path}/out".split()) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names(pretrained=True) if not name.startswith("scratch")])
+@pytest.mark.parametrize("name", [name for name in recipe_names("pretrain") if not name.startswith("scratch")])
 def test_a_shape_has_the_parameters_in_its_name(name):
     """FBI-LLM's to four digits (methods.md 2.1), BitNet's nearly: the paper counts without saying what."""
     recipe = read_recipe(name)
@@ -168,6 +176,8 @@ def test_the_four_that_are_compared_differ_in_what_is_compared():
 def test_a_recipe_of_the_other_verb_is_refused(capsys):
     assert main(["distill", "TEACHER", "-o", "RUN", "--recipe", "fbi-130m", "--data", "x"]) == 1
     assert "has 'shape', which signbit pretrain takes and signbit distill does not" in capsys.readouterr().err
+    assert main(["pretrain", "-o", "RUN", "--recipe", "pbllm-opt-125m", "--data", "x"]) == 1
+    assert "has 'start', which signbit finetune takes and signbit pretrain does not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,24 @@ def _go_on(recipe: dict[str, Any], begun: str, source: str) -> Any:
     return config
 
 
+def _masked(recipe: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """The options that say how the salient weights were chosen that --masks names, which become the recipe's."""
+    from signbit.hub.distill import salient_options
+
+    masks = option_value(argv, "--masks", recipe.get("masks", ""))
+    options = salient_options(masks) if masks else {}
+    if masks:
+        recipe["pbllm"] = {**options, **recipe.get("pbllm", {})}
+    return options
+
+
+def _check_masked(args: Any, options: dict[str, Any]) -> None:
+    given = getattr(args, args.method.replace("-", "_"))
+    for key, value in options.items():
+        if getattr(given, key, value) != value:
+            raise OptionError(f"{key} is {value} in {args.masks}, whose masks are taken; leave out {flag_of(key)}")
+
+
 def _gone_on(args: Any, begun: str, config: Any) -> Any:
     """`config` with what flags may change of it; raises OptionError for what they may not."""
     from signbit.hub.distill import is_run
@@ -250,11 +268,13 @@ def distill(argv: Sequence[str]) -> None:
         return
     recipe = _recipe("distill", argv)
     config = _go_on(recipe, option_value(argv, "--start", recipe.get("start", "")), option_value(argv, "--source", ""))
+    masked = _masked(recipe, argv)
     args = _parse_training("distill", argv, DistillOptions, recipe)
     if args.teacher is None or args.out is None:
         raise OptionError("what and where to? signbit distill TEACHER -o RUN --data FILE --max-steps N")
     if config is not None:
         config = _gone_on(args, args.start, config)
+    _check_masked(args, masked)
     _run_training(
         args, args.teacher, args.teacher, config, model=args.start or args.teacher, goes_on=config is not None,
         source=args.source, masks=args.masks,
@@ -271,6 +291,7 @@ def finetune(argv: Sequence[str]) -> None:
     begun = argv[0] if argv and not argv[0].startswith("-") else recipe.get("start", "")
     config = _go_on(recipe, begun, option_value(argv, "--source", ""))
     recipe["objective"] = {**recipe.get("objective", {}), **_NO_TEACHER}
+    masked = _masked(recipe, argv)
     args = _parse_training("finetune", argv, FinetuneOptions, recipe)
     if args.start is None or args.out is None:
         raise OptionError("what and where to? signbit finetune MODEL|PTQ_DIR|RUN -o RUN --data FILE --max-steps N")
@@ -284,6 +305,7 @@ def finetune(argv: Sequence[str]) -> None:
 
     if config is not None:
         config = _gone_on(args, begun, config)
+    _check_masked(args, masked)
     tokenizer = str(Path(begun) / "tokenizer") if is_run(begun) else begun
     _run_training(
         args, None, tokenizer, config, model=begun, goes_on=config is not None, source=args.source, masks=args.masks

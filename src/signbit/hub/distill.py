@@ -165,6 +165,15 @@ def is_run(name: str | None) -> bool:
     return name is not None and (Path(name) / RUN).is_file()
 
 
+def salient_options(name: str) -> dict[str, Any]:
+    """How the salient weights of a packed directory were chosen, in the options of pbllm; raises OptionError if it has none."""
+    settings = read_description(name)[1].settings if is_packed(name) else {}
+    options = settings.get("options", {})
+    if "saliency" not in options:
+        raise OptionError(f"--masks {name} is no packed directory of pbllm or pb-gptq; make one with signbit quantize")
+    return {key: options[key] for key in ("salient", "saliency")}
+
+
 def config_to_go_on(name: str, source: str | None = None) -> SignbitConfig | None:
     """How the student is binary that goes on from `name`: a run, or a packed directory; None for a model that is neither.
 
