@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from signbit import bits
 from signbit.errors import OptionError, WeightError
 from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.gptq import Moments
@@ -156,6 +157,34 @@ def straight_through(value: Tensor, through: Tensor) -> Tensor:
     What is added is exactly 0 where `through` is finite. No autograd.Function: torch.compile sees through this.
     """
     return value + (through - through.detach())
+
+
+#: Magnitude of a latent that would be 0 though its sign is −1: sign(0) is +1.
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def only_weight(packed: PackedLinear, norm_in: str = "none", act_bits: int = 0, norm_out: str = "none") -> BinaryWeight:
+    """The one weight of a packed layer; raises OptionError unless the layer adds to it just what is named."""
+    if (packed.norm_in, packed.act_bits, packed.norm_out) != (norm_in, act_bits, norm_out) or len(packed.weights) > 1:
+        raise OptionError(
+            f"the packed layer has norms {packed.norm_in} and {packed.norm_out}, {packed.act_bits or 'no'} bits of activations "
+            f"and {len(packed.weights)} weights; this method's have {norm_in} and {norm_out}, {act_bits or 'none'} and 1"
+        )
+    return packed.weights[0]
+
+
+def latent_of(weight: BinaryWeight, size: Tensor) -> Tensor:
+    """Latents with the signs of the first plane of `weight` and the magnitudes `size`, float [N, K]."""
+    positive = bits.unpack_bits(weight.signs[0], weight.in_features) > 0
+    return torch.where(positive, size, -size.clamp_min(_TINY))
+
+
+def computed_scale(weight: Tensor | None) -> None:
+    """Raises OptionError if a layer whose scale is computed of its latents is given a `weight` to take magnitudes from."""
+    if weight is not None:
+        raise OptionError(
+            "this method's scales are computed of its latents, which another model's would change; leave out --source"
+        )
 
 
 def store(values: Tensor, dtype: str, shift: bool = False) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from signbit import bits
 from signbit.errors import OptionError
 from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.base import (
@@ -20,6 +19,8 @@ from signbit.methods.base import (
     check_group,
     check_whole,
     group_count,
+    latent_of,
+    only_weight,
     store,
     straight_through,
 )
@@ -371,10 +372,6 @@ def row_codes(w: Tensor, code_bits: int, dtype: str) -> tuple[Tensor, Tensor]:
     return step, (-low / step).round().clamp(0, top)
 
 
-#: Magnitude of a latent that would be 0 though its sign is −1: sign(0) is +1.
-_TINY = torch.finfo(torch.float32).tiny
-
-
 class PbllmLinear(BinaryLinear):
     """y = x · W̃ᵀ + bias; W̃ᵢⱼ is stepᵢ·(code − zeroᵢ) where it is salient, which nothing changes, else s·sign(Wᵢⱼ) + μ.
 
@@ -467,10 +464,9 @@ class PbllmLinear(BinaryLinear):
         must be None: the scale is then computed of latents that all have its size.
         """
         assert isinstance(options, PbllmOptions)
-        w = packed.weights[0]
+        w = only_weight(packed)
         rows, columns, groups = w.out_features, w.in_features, group_count(options.group, w.in_features)
-        plain = packed.norm_in == packed.norm_out == "none" and not packed.act_bits and len(packed.weights) == 1
-        if not plain or w.planes != 1 or w.in_scale is not None or w.in_shift is not None:
+        if w.planes != 1 or w.in_scale is not None or w.in_shift is not None:
             raise OptionError(
                 "the packed layer is not of salient weights and signs with one scale; pbllm cannot hold it"
             )
@@ -494,10 +490,9 @@ class PbllmLinear(BinaryLinear):
         size = scale.abs().repeat_interleave(wide, dim=1)
         if weight is not None:
             size = (weight.float() - shift.repeat_interleave(wide, dim=1)).abs()
-        positive = bits.unpack_bits(w.signs[0], columns) > 0
-        latent = torch.where(positive, size, -size.clamp_min(_TINY))
         if w.salient is None:
-            salient, codes = torch.zeros_like(positive), torch.zeros_like(positive, dtype=torch.uint8)
+            codes = torch.zeros(rows, columns, dtype=torch.uint8, device=w.signs.device)
+            salient = codes.bool()
             step, zero = torch.ones_like(scale[:, 0]), torch.zeros_like(codes[:, 0])
         else:
             if w.salient.bits != options.salient_bits:
@@ -507,7 +502,9 @@ class PbllmLinear(BinaryLinear):
                 )
             salient, codes = w.salient.unpack(rows, columns)
             step, zero = w.salient.scale.float(), w.salient.zero.clone()
-        return cls(latent, packed.bias, options, salient, codes, step, zero, *((scale, shift) if learned else ()))
+        return cls(
+            latent_of(w, size), packed.bias, options, salient, codes, step, zero, *((scale, shift) if learned else ())
+        )
 
     def _scale(self) -> Tensor:
         """s [N or 1, G]."""
