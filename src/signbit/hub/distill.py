@@ -567,7 +567,10 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     digests = recipe.start.digests()
     for key, digest in (before.get("start_digests") or {}).items():
         if digests.get(key) == digest:  # the same directory, wherever it lies
-            now["start"][key] = before["start"][key]
+            for part in (now, now["start"]):
+                for place in ("tokenizer", key):
+                    if part.get(place) == now["start"][key]:
+                        part[place] = before["start"][key]
         elif key in digests and before["start"].get(key) == now["start"].get(key):
             raise TrainingError(
                 f"{out} is another run: {before['start'][key]} has changed since; give another directory"
