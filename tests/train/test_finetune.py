@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import signbit
 from signbit.cli import main
@@ -242,3 +242,43 @@ def test_biases_are_trained_and_the_head_stays_in_full_precision(tokenizer, text
     assert trained == {f"{name}.{part}" for name in names for part in ("weight", "bias")} and len(names) == 12
     assert isinstance(model.get_output_embeddings(), torch.nn.Linear)
     assert signbit.METHODS["pbllm"].layer is PbllmLinear
+
+
+def test_conversations_are_learnt_by_what_the_assistant_says(llama_dir, tmp_path, capsys, monkeypatch):
+    """The loss is over these tokens alone: beside the cross-entropy of plain torch."""
+    from signbit.train import DistillTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w50' if m['role'] == 'user' else 'w51' }} {{ m['content'] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}w51 {% endif %}"
+    )
+    tokenizer.save_pretrained(llama_dir)
+    chat = tmp_path / "chat.jsonl"
+    rows = [
+        [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i + 2} w{i + 3}"}]
+        for i in range(40)
+    ]
+    chat.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    seen, inner = [], DistillTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        found = inner(self, model, inputs, *args, **kwargs)
+        if model.training:
+            ids, learnt = inputs["input_ids"], inputs["learnt"]
+            assert int(learnt.sum()) == 3 * len(ids), "two words and the end of the turn"
+            with torch.no_grad():
+                logits = model(ids).logits[:, :-1][learnt[:, 1:]].float()
+            seen.append(
+                (float(found.detach()), float(torch.nn.functional.cross_entropy(logits, ids[:, 1:][learnt[:, 1:]])))
+            )
+        return found
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", compute_loss)
+    assert finetune(llama_dir, tmp_path / "run", chat) == 0, capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "40 conversations, of which what the assistant says is learnt; 0 are cut at 16 tokens, 0 left out" in err
+    assert len(seen) == 2 and all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in seen)
+    words = f"distill {llama_dir} -o {tmp_path}/taught --data {chat} --max-steps 2 {SHORT}"
+    assert main(words.split()) == 1
+    assert "which are learnt from without a teacher" in capsys.readouterr().err

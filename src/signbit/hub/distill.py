@@ -263,12 +263,17 @@ def _unpacked(
 
 
 def _files(
-    sources: TrainingData, tokenizer: Any, folder: Path, data_dir: str | None, progress: Tokenizing | None
+    sources: TrainingData,
+    tokenizer: Any,
+    folder: Path,
+    data_dir: str | None,
+    progress: Tokenizing | None,
+    chats: int | None = None,
 ) -> list[TokenFile]:
     files = []
     for source in sources.sources:
         step = None if progress is None else functools.partial(progress, source.name)
-        files.append(token_file(tokenizer, source, folder, data_dir, step))
+        files.append(token_file(tokenizer, source, folder, data_dir, step, chats))
     return files
 
 
@@ -276,7 +281,14 @@ def _data(
     recipe: Recipe, tokenizer: Any, folder: Path, data_dir: str | None, progress: Tokenizing | None
 ) -> tuple[Blocks, Blocks | None]:
     options, sources = recipe.options, TrainingData.parse(recipe.data)
-    files, weights = _files(sources, tokenizer, folder, data_dir, progress), sources.weights
+    # Conversations are for what learns the next token: a teacher would be heard on padding and on what the user says.
+    plain = recipe.objective.needs_teacher or options.cuda_graph
+    length = None if plain else options.sequence_length
+    files, weights = _files(sources, tokenizer, folder, data_dir, progress, length), sources.weights
+    if plain and (only := [file.source for file in files if file.learnt]):
+        raise OptionError(
+            f"{only[0]} says which of its tokens are learnt from, which is for a run without a teacher and --cuda-graph"
+        )
     held = options.validation_blocks
     # More than any run takes: how many chunks are skipped is not known before.
     train = Blocks(
@@ -357,6 +369,14 @@ def train(
         steps = max(round(options.max_passes * data.one_pass / options.batch_size), 1)
         options = replace(options, max_passes=None, max_steps=steps)
     budget = Budget(options.max_steps, options.max_minutes)
+    for file in data.files:
+        if file.learnt:
+            found = file.recipe
+            note(
+                f"{file.source}: {found['conversations']} conversations, of which what the assistant says is learnt; "
+                f"{found['cut']} are cut at {options.sequence_length} tokens, {found['left_out']} left out, in which it says "
+                "nothing before"
+            )
     tokens = [file.path.name for file in data.files]  # which tell its content
     told = None if logits is None else {"file": str(logits.path), **logits.recipe()}
     if resume:

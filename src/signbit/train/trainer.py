@@ -333,15 +333,20 @@ class DistillTrainer(Trainer):
         """The objective on a batch of token ids [B, T], and of the teacher's likeliest tokens if it is taught by those."""
         weight = self.objective.hidden_weight(self.budget.done(self.state.global_step))
         top = Top(inputs["top_ids"], inputs["top_log_p"]) if self._taught_by_top else None
-        loss, parts = self._losses(model, inputs["input_ids"], weight, top)
+        loss, parts = self._losses(model, inputs["input_ids"], weight, top, inputs.get("learnt"))
         if model.training:
             self._note(parts)
         return (loss, parts) if return_outputs else loss
 
     def _losses(
-        self, model: nn.Module, ids: Tensor, hidden_weight: float | Tensor, top: Top | None = None
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        hidden_weight: float | Tensor,
+        top: Top | None = None,
+        learnt: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with its gradient, and its parts without."""
+        """The loss with its gradient, and its parts without; `learnt` bool [B, T] says which tokens are predicted."""
         objective = self.objective
         how = {"input_ids": ids, "use_cache": False, **_ONE_LOGIT}
         if objective.kd_gamma > 0:
@@ -364,6 +369,8 @@ class DistillTrainer(Trainer):
         if objective.kd_alpha < 1 or not model.training:  # on held-out text runs of all objectives are compared by it
             labels = torch.full_like(ids[:rows], -100)
             labels[:, :-1] = ids[:rows, 1:]
+            if learnt is not None:
+                labels[:, :-1].masked_fill_(~learnt[:rows, 1:], -100)
             labels = labels.reshape(-1)
         kl_weight = objective.kd_alpha * objective.kd_loss_scale
         if objective.kd_reduction == "sequence":
