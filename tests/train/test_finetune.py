@@ -123,6 +123,21 @@ def test_a_run_that_goes_on_is_trained_and_resumed(llama_dir, text, tmp_path, ca
     shutil.rmtree(cut / "checkpoint-4")
     assert finetune(first, cut, text, "--save-every 2 --resume", 4) == 0, capsys.readouterr().err
     assert metrics(cut) == metrics(on)
+    assert main(f"pack {on} -o {tmp_path}/out".split()) == 0, capsys.readouterr().err
+    assert "# llama, packed by signbit" in (tmp_path / "out" / "README.md").read_text()
+    # With a teacher beside it, a run goes on likewise, and a model that is neither is where a new student starts.
+    words = f"-o {tmp_path}/taught --data {text} --max-steps 2 {SHORT}"
+    state = load_file(first / "checkpoint-2" / "model.safetensors")
+    taught = start_of(f"distill {llama_dir} --start {first} {words}").state_dict()
+    assert all(torch.equal(tensor, taught[name]) for name, tensor in state.items())
+    other = AutoModelForCausalLM.from_pretrained(llama_dir)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(-1)
+    other.save_pretrained(tmp_path / "other")
+    model = start_of(f"distill {llama_dir} --start {tmp_path}/other --method fbi {words.replace('taught', 'new')}")
+    assert torch.equal(
+        model.get_submodule("model.layers.0.mlp.up_proj").weight, other.model.layers[0].mlp.up_proj.weight
+    )
 
 
 def test_another_directorys_masks_are_found_by_its_content(ptq_dir, llama_dir, text, tmp_path, capsys):

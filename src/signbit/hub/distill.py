@@ -650,6 +650,14 @@ def _latent(run: Path, device: str = "cpu") -> tuple[Any, Report]:
     return model.to(device), report
 
 
+def _base(start: dict[str, Any]) -> str | None:
+    """The model that a student, or the run that it went on from, began as; None if that was random."""
+    base = None if start["random"] else start.get("source") or start["model"]
+    if base is None or not is_run(base):
+        return base
+    return _base(json.loads((Path(base) / RUN).read_text())["start"])
+
+
 def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str = "float32") -> tuple[Path, int]:
     """Writes the newest complete checkpoint of `run` as a packed directory; returns it and how many latents were 0.
 
@@ -675,5 +683,4 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
     model.to(getattr(torch, dtype))
     finish_(model, config, packed.report)
     start, command = settings["start"], f"signbit pack {run}"
-    base = None if start["random"] else start.get("source") or start["model"]
-    return save(model.eval(), out, tokenizer, packed.report, base, command, overwrite), packed.zeros
+    return save(model.eval(), out, tokenizer, packed.report, _base(start), command, overwrite), packed.zeros
