@@ -103,7 +103,7 @@ def test_fbis_sizes(name, dense, packed, saved):
     assert 100 * (1 - size / whole) == pytest.approx(saved, abs=0.06)
 
 
-@pytest.mark.parametrize("method", ["onebit", "fbi", "bitnet", "absmean"])
+@pytest.mark.parametrize("method", ["onebit", "fbi", "bitnet", "absmean", "pbllm"])
 def test_what_is_computed_is_what_is_measured(method):
     asked = of(tiny_llama_config(), method, options={"sequence_length": 64})
     computed, measured = memory(asked, "never"), memory(asked, "always")

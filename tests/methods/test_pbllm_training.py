@@ -207,3 +207,18 @@ def test_a_blank_layer_has_the_parts_of_one_that_is_started():
         }
     share = PbllmLinear.blank(weight(), None, options(salient=0.3)).salient.float().mean()
     assert float(share) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("scale", ["row", "learned"])
+def test_compiled_whole_it_is_the_same(scale):
+    layer = PbllmLinear.start(weight(), torch.randn(24), options(scale=scale, group=16))
+    x = torch.randn(5, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for run in (layer, compiled):
+        layer.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        grads = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+        if run is layer:
+            want, of = y.detach(), grads
+    assert torch.allclose(y, want) and all(torch.allclose(grads[name], grad) for name, grad in of.items())

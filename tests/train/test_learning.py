@@ -48,6 +48,7 @@ FORMS = {
     "fda": ("fda", {}),
     "recu": ("recu", {}),
     "recu-published": ("recu", {"scale": "standardised", "norm": "layer"}),
+    "pbllm": ("pbllm", {**METHODS["pbllm"].options.training_defaults(), "salient": 0.1}),
 }
 
 
