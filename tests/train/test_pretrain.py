@@ -266,7 +266,7 @@ def test_a_warm_up_is_not_shorter_than_none():
         ("--tokenizer DIR --method none --keep q_proj", "are for binary layers, of which --method none has none"),
         ("--tokenizer DIR --method two", "there is no method 'two'"),
         ("--tokenizer DIR --method bitnet --groups 5", "5 groups do not divide"),
-        ("--tokenizer DIR --method pbllm", "this method has no layer that is trained"),
+        ("--tokenizer DIR --method pb-gptq", "this method has no layer that is trained"),
         (
             "--tokenizer DIR --teacher-dtype int8",
             "are for a teacher beside the student; leave them out, or give --teacher",

@@ -627,7 +627,7 @@ def test_flips_are_counted_layer_by_layer():
         ("--resume", "holds no run to go on with; leave --resume out to begin one"),
         ("--data NOWHERE.txt", "NOWHERE.txt"),
         ("--sequence-length 100000", "length"),
-        ("--method pbllm", "this method has no layer that is trained"),
+        ("--method pb-gptq", "this method has no layer that is trained"),
         ("--recipe none-such", "there is no recipe 'none-such'"),
         ("--max-minutes 1", "give either --max-steps N, --max-minutes M or --max-passes P"),
     ],
