@@ -79,6 +79,8 @@ class FinetuneOptions(StartOptions):
     """Method; that of a run or a packed directory is its own. Its options are listed below (see --method NAME --help)."""
     start: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="MODEL|PTQ_DIR|RUN")] = None
     """Model directory or hub id, packed directory, or run; stands first behind the verb."""
+    lora: bool = False
+    """Train adapters beside the layers of a packed directory (LoRA, through PEFT), which stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _parse_training(
         if option_value(argv, flag_of(key), ""):
             recipe.pop(key, None)
     name = option_value(argv, "--method", recipe.get("method", base.method))
-    if name != DENSE or base is not PretrainOptions:
+    if "adapters" not in parts and (name != DENSE or base is not PretrainOptions):
         field, options = name.replace("-", "_"), find_method(METHODS, name).options
         parts = {field: options, **parts}
         recipe[field] = {**options.training_defaults(), **recipe.get(field, {})}
@@ -226,7 +228,7 @@ def _run_training(args: Any, teacher: str | None, tokenizer: str, config: Any = 
         raise OptionError("--keep, --rule and --allow-partial are for binary layers, of which --method none has none")
     recipe = Recipe(
         Start(**start), teacher, tokenizer, config, args.data, args.objective, args.train, args.schedule, args.trained,
-        args.teacher_logits,
+        args.teacher_logits, getattr(args, "adapters", None),
     )  # fmt: skip
     bars = Bars()
     try:
@@ -237,7 +239,10 @@ def _run_training(args: Any, teacher: str | None, tokenizer: str, config: Any = 
         return  # another process says it
     pictures = "loss.png lies" if config is None else "loss.png and flips.png lie"
     print(f"{last} is the last checkpoint; metrics.jsonl, {pictures} beside it")
-    print(f"pack it: signbit pack {args.out} -o OUT")
+    if recipe.lora is None:
+        print(f"pack it: signbit pack {args.out} -o OUT")
+    else:
+        print(f"it is an adapter beside {args.start}: signbit generate {last} PROMPT")
 
 
 def _recipe(verb: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -287,6 +292,9 @@ def finetune(argv: Sequence[str]) -> None:
         _list_recipes("finetune")
         return
     recipe = _recipe("finetune", argv)
+    if "--lora" in argv:
+        _finetune_adapters(argv, recipe)
+        return
     # What it goes on from decides which options there are, and so is looked for before they are parsed.
     begun = argv[0] if argv and not argv[0].startswith("-") else recipe.get("start", "")
     config = _go_on(recipe, begun, option_value(argv, "--source", ""))
@@ -310,6 +318,24 @@ def finetune(argv: Sequence[str]) -> None:
     _run_training(
         args, None, tokenizer, config, model=begun, goes_on=config is not None, source=args.source, masks=args.masks
     )
+
+
+def _finetune_adapters(argv: Sequence[str], recipe: dict[str, Any]) -> None:
+    """`signbit finetune OUT --lora`."""
+    from signbit.train import Lora
+
+    recipe["objective"] = {**recipe.get("objective", {}), **_NO_TEACHER}
+    recipe["trained"] = {"train_norms": False, **recipe.get("trained", {})}
+    recipe["train"] = {"optim": "adamw_torch", "learning_rate": 2e-4, **recipe.get("train", {})}
+    args = _parse_training("finetune", argv, FinetuneOptions, recipe, adapters=Lora)
+    if args.start is None or args.out is None:
+        raise OptionError("what and where to? signbit finetune OUT --lora -o RUN --data FILE --max-steps N")
+    own = ("--method", "--keep", "--rule", "--allow-partial", "--source", "--masks")
+    if given := [flag for flag in own if flag in argv]:
+        raise OptionError(f"with --lora the packed layers of {args.start} stay as they are; leave out {given[0]}")
+    if args.objective.needs_teacher or args.teacher_logits is not None:
+        raise OptionError("signbit finetune has no teacher; adapters are trained by the next token")
+    _run_training(args, None, args.start, model=args.start, goes_on=True)
 
 
 def pretrain(argv: Sequence[str]) -> None:

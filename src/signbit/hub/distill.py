@@ -48,6 +48,7 @@ from signbit.train import (
     Before,
     Budget,
     DistillTrainer,
+    Lora,
     Objective,
     Schedule,
     Trained,
@@ -56,6 +57,7 @@ from signbit.train import (
     last_checkpoint,
     pack_training_,
     start_dense_,
+    start_lora_,
     start_training_,
     train_parts_,
 )
@@ -127,8 +129,18 @@ class Recipe:
     trained: Trained
     teacher_logits: str | None = None
     """File of what the teacher answers to the data, in the place of the teacher beside the student."""
+    lora: Lora | None = None
+    """Adapters beside the packed layers of the start, which are trained in their place."""
 
     def __post_init__(self) -> None:
+        if self.lora is not None and (self.trained.train_norms or self.trained.train_embeddings):
+            raise OptionError(
+                "with --lora nothing but the adapters is trained; leave out --train-norms and --train-embeddings"
+            )
+        if self.lora is not None and self.options.cuda_graph:
+            raise OptionError(
+                "--lora goes without --cuda-graph, for packed layers unpack in the backward pass; leave it out"
+            )
         if self.teacher_logits is not None:
             self.objective.check_top()
             self.options.check_top()
@@ -140,8 +152,10 @@ class Recipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values; "lora" is left out where there is none."""
+        adapters = {} if self.lora is None else {"lora": asdict(self.lora)}
         return {
+            **adapters,
             "signbit": VERSION,
             "start": self.start.to_dict(),
             "teacher": self.teacher,
@@ -181,7 +195,10 @@ def config_to_go_on(name: str, source: str | None = None) -> SignbitConfig | Non
     with a scale that is learned. Raises FormatError for a damaged directory, OptionError for what is not trained.
     """
     if is_run(name):
-        settings = json.loads((Path(name) / RUN).read_text(encoding="utf-8"))["config"]
+        run = json.loads((Path(name) / RUN).read_text(encoding="utf-8"))
+        settings = run["config"]
+        if "lora" in run:
+            raise OptionError(f"{name} is a run of adapters, from which nothing goes on but itself: --lora --resume")
         if settings is None:
             raise OptionError(
                 f"{name} is a run in full precision; pack it (signbit pack {name} -o OUT) and start from OUT"
@@ -421,6 +438,9 @@ def train(
 def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], None]) -> tuple[Any, Report]:
     """The model that is trained, float32, and what was done to its layers."""
     start, config = recipe.start, recipe.config
+    if recipe.lora is not None:
+        assert start.model is not None
+        return _adapted(start.model, recipe.lora, where)
     if start.goes_on and is_run(start.model):
         assert start.model is not None
         student, report = _latent(Path(start.model), where)
@@ -455,6 +475,20 @@ def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], N
         return student, start_dense_(student, recipe.trained)
     method = find_method(METHODS, config.method)
     return student, start_training_(student, method, config.plan, recipe.trained, before=before)
+
+
+def _adapted(name: str, lora: Lora, device: str) -> tuple[Any, Report]:
+    """A packed model with adapters beside its layers, and what there is; an int8 head becomes dense, as losses need it."""
+    if not is_packed(name):
+        raise OptionError(
+            f"{name} is no packed directory, beside whose layers --lora puts adapters; give one that signbit quantize or "
+            "pack wrote"
+        )
+    model = load_any(name, "float32", device)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Int8Head):
+            set_module(model, path, _unpacked(module, torch.float32, {}).to(device))
+    return model, start_lora_(model, lora)
 
 
 def _opened(name: str, device: str) -> tuple[Any, dict[str, PackedLinear]]:
@@ -601,8 +635,9 @@ def _check_run(recipe: Recipe, out: Path, resume: bool) -> Path | None:
             f"{out} left out chunks of its data; name them again, and others if you like: "
             f"--skip-chunks {' '.join(map(str, skipped))}"
         )
-    for part in ("start", "teacher", "tokenizer", "config", "data", "objective", "options", "schedule", "trained"):
-        there, here = before.get(part), now[part]
+    parts = ("start", "teacher", "tokenizer", "config", "data", "objective", "options", "schedule", "trained", "lora")
+    for part in parts:
+        there, here = before.get(part), now.get(part)
         if there != here:
             differs = part
             if isinstance(there, dict) and isinstance(here, dict):
@@ -675,6 +710,11 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
         raise OptionError(f"--dtype is {dtype!r}; float32, float16 and bfloat16 are allowed")
     check_checkpoint(checkpoint)
     settings, tokenizer = read_json(run / RUN), load_tokenizer(str(run / "tokenizer"))
+    if "lora" in settings:
+        raise TrainingError(
+            f"{run} trained adapters, which cannot be merged into packed layers: the sum has more than a bit a weight. They "
+            f"are used as they are: signbit generate {checkpoint}"
+        )
     if settings["config"] is None:
         return save_dense(load_any(str(checkpoint), dtype), out, tokenizer, overwrite), 0
     config = _config(settings["config"])

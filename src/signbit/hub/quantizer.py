@@ -200,7 +200,8 @@ class SignbitHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        # By adapters beside the packed layers: transformers itself refuses to train a quantized model without any.
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -18,6 +18,7 @@ from signbit.train.objectives import (
 from signbit.train.outputs import States, head_of
 from signbit.train.students import (
     Before,
+    Lora,
     Packed,
     Trained,
     binary_layers,
@@ -25,6 +26,7 @@ from signbit.train.students import (
     matrices,
     pack_training_,
     start_dense_,
+    start_lora_,
     start_training_,
     train_parts_,
 )
@@ -39,6 +41,7 @@ __all__ = [
     "FlipHistory",
     "Flips",
     "Head",
+    "Lora",
     "Muon",
     "Objective",
     "Packed",
@@ -64,6 +67,7 @@ __all__ = [
     "read_metrics",
     "soft_cross_entropy",
     "start_dense_",
+    "start_lora_",
     "start_training_",
     "top_kl_divergence",
     "train_parts_",

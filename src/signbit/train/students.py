@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,29 @@ class Trained:
     """Also train the weights of norms (and what else stands in the blocks)."""
     train_embeddings: bool = False
     """Also train the embeddings, and the output head if it is another tensor."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters that are trained beside packed layers, and nothing else: y = packed(x) + (α/r)·B(A(x)).
+
+    Source: LoRA, arXiv 2106.09685. Raises OptionError for numbers that no adapter has.
+    """
+
+    lora_rank: int = 16
+    """r, the inner width of an adapter."""
+    lora_alpha: float = 32.0
+    """α: an adapter's output is multiplied by α/r."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that is left out in each step."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 1:
+            raise OptionError(f"--lora-rank is {self.lora_rank}; at least 1 is needed")
+        if not 0 < self.lora_alpha < math.inf:
+            raise OptionError(f"--lora-alpha is {self.lora_alpha}; a positive number is needed (twice the rank)")
+        if not 0 <= self.lora_dropout < 1:
+            raise OptionError(f"--lora-dropout is {self.lora_dropout}; it is a share, from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,22 @@ def _train_rest_(model: nn.Module, trained: Trained) -> None:
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
         if embedding is not None:
             embedding.requires_grad_(trained.train_embeddings)
+
+
+def start_lora_(model: Any, lora: Lora) -> Report:
+    """Puts an adapter beside each packed layer of `model`, in place; returns what there is. Nothing else is trained.
+
+    Raises OptionError without PEFT, or for a model without a packed layer.
+    """
+    from signbit.models.lora import lora_config
+
+    packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+    if Path(model.name_or_path).is_dir():  # the adapter names its model, wherever it is loaded from
+        model.name_or_path = str(Path(model.name_or_path).resolve())
+    model.add_adapter(lora_config(model, r=lora.lora_rank, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout))
+    sizes = ((name, m.out_features * m.in_features, m.nbytes) for name, m in packed)
+    decisions = (Decision(name, "kept", "packed, with an adapter beside it", n, size) for name, n, size in sizes)
+    return Report(tuple(decisions), sum(m.out_features * m.in_features for _, m in packed))
 
 
 def binary_layers(model: nn.Module) -> Iterable[tuple[str, BinaryLinear]]:

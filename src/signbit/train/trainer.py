@@ -221,6 +221,7 @@ class DistillTrainer(Trainer):
         self._data = data
         self._parts: dict[str, Tensor] = {}
         self._micro_steps = 0
+        self._random_state_of: str | None = None
         self._captured: CapturedStep | None = None
         on_gpu = torch.cuda.is_available()
         muon = options.optim == "muon"
@@ -273,6 +274,9 @@ class DistillTrainer(Trainer):
             for e in (student.get_input_embeddings(), student.get_output_embeddings())
         )
         _check_engine(self.engine["kind"], options.optim, trains_head)
+        self._adapted = bool(getattr(student, "_hf_peft_config_loaded", False))
+        if self._adapted and self.engine["kind"] in ("FSDP", "DEEPSPEED"):
+            raise OptionError(f"adapters beside packed layers train on one GPU or under DDP, not {self.engine['kind']}")
         if options.cuda_graph and self.engine["processes"] > 1:
             raise OptionError(
                 f"--cuda-graph is for one GPU, and this launch has {self.engine['processes']}; leave it out"
@@ -396,7 +400,14 @@ class DistillTrainer(Trainer):
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Before the first step and not now: the loader of the data, which is made in between, draws a number.
+        self._random_state_of = checkpoint
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self._random_state_of is not None:
+            super()._load_rng_state(self._random_state_of)
+            self._random_state_of = None
         if not self.options.cuda_graph:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
@@ -514,6 +525,14 @@ class DistillTrainer(Trainer):
                 f"the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}); {kept}. Free space, then "
                 "go on with --resume"
             ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._adapted:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        from signbit.models.lora import fill_adapter
+
+        fill_adapter(self.model if model is None else model, resume_from_checkpoint)
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Trains to the end of the budget, from `checkpoint` on if there is one; goes back where the loss spikes.
