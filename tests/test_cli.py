@@ -147,8 +147,8 @@ def test_dry_run_writes_nothing_and_reads_no_weight(llama_dir, tmp_path, capsys)
     [
         (
             "quantize {llama} -o {out} --method absmeen",
-            "there is no method 'absmeen'; there are absmean, bitnet, bitnet-transformers, bnn, xnor, bireal, irnet, fda, recu, "
-            "fbi, onebit, pbllm, pb-gptq (did you mean absmean?)",
+            "there is no method 'absmeen'; there are absmean, bitnet, bitnet-transformers, bnn, xnor, bireal, irnet, fda, "
+            "recu, fbi, onebit, pbllm, pb-gptq (did you mean absmean?)",
         ),
         ("quantize {llama}", "give -o OUT, or --dry-run"),
         ("quantize {llama} -o {llama} --overwrite", "is the source model"),

@@ -87,6 +87,26 @@ def test_rows_are_cut_and_filled_up(instruct, tmp_path):
     assert limited.recipe["conversations"] == 1
 
 
+def test_of_a_prompt_and_its_completion_the_completion_is_learnt(tokenizer, tmp_path):
+    """No template is needed; the end of the text is learnt, what the tokenizer puts in front is not."""
+    tokenizer.chat_template = None
+    ids, learnt = tokens_of(tokenizer, Chat(("w1 w2 ", "w3 w4"), "here", 0))
+    told = dict(zip(tokenizer.convert_ids_to_tokens(ids), learnt, strict=True))
+    assert [told.pop(word) for word in ("w1", "w2", "w3", "w4", "</s>")] == [False, False, True, True, True]
+    assert not any(told.values())
+    assert not any(tokens_of(tokenizer, Chat(("w1 w2", ""), "here", 0))[1]), "an empty one teaches nothing"
+    path = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": "w1 ", "completion": "w2"}, {"prompt": "w1 w2 w3 ", "completion": "w4"}]
+    path.write_text("\n".join(json.dumps(pair) for pair in pairs))
+    file = token_file(tokenizer, parse_source(str(path)), tmp_path / "cache", length=8)
+    assert file.recipe["conversations"] == 2
+    marks = np.asarray(file.open_learnt()).reshape(2, 8)
+    rows = np.asarray(file.open()).reshape(2, 8)
+    for row, mark, word in zip(rows, marks, ("w2", "w4"), strict=True):
+        words = tokenizer.convert_ids_to_tokens(row)
+        assert [w for w, m in zip(words, mark, strict=True) if m] == [word, "</s>"]
+
+
 def test_text_beside_conversations_is_learnt_from_whole(instruct, tmp_path):
     chat = write(tmp_path / "chat.jsonl", *[turns("w1", f"w{i}") for i in range(20)])
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4 " * 40)

@@ -25,7 +25,9 @@ def test_the_published_ones_are_there(capsys):
         *(f"bitnet-{name}" for name in bitnet), *(f"fbi-{name}" for name in fbi), "bitllama-wikitext103",
         *(f"scratch-{name}" for name in ("dense", "fbi-ar", "fbi-ad", "bitnet")),
     }  # fmt: skip
-    assert {f"pbllm-opt-{name}" for name in ("125m", "350m-quotes", "1.3b", "1.3b-hessian")} <= set(finetuned)
+    assert {f"pbllm-opt-{name}" for name in ("125m", "350m-quotes", "1.3b", "1.3b-hessian")} | {"onebit-alpaca"} == set(
+        finetuned
+    )
     assert {**distilled, **pretrained, **finetuned} == NAMES
     assert len(distilled) + len(pretrained) + len(finetuned) == len(NAMES)
     for verb, theirs in (("distill", distilled), ("pretrain", pretrained), ("finetune", finetuned)):
