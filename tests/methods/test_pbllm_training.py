@@ -144,8 +144,25 @@ def test_a_packed_layer_goes_on_as_it_is(more, source):
     assert torch.equal(again.signs, packed.weights[0].signs) and torch.equal(again.to_dense(), stored)
     shift = packed.weights[0].shift.float().repeat_interleave(64 // packed.weights[0].groups, dim=1)
     scale = packed.weights[0].scale[0].float().repeat_interleave(64 // packed.weights[0].groups, dim=1)
-    want = (w - shift).abs() if source else scale.abs()
-    assert torch.equal(layer.weight.abs()[~layer.salient], want[~layer.salient])
+    want, latent = (size.abs()[~layer.salient] for size in (w - shift if source else scale, layer.weight.detach()))
+    assert latent.mean() == pytest.approx(0.02, rel=1e-5)
+    assert torch.allclose(latent, want * (0.02 / want.mean()), rtol=1e-5, atol=0)
+    natural = PbllmOptions(**{**RTN, **more}, scale="learned", latent_size=0.0)
+    layer = PbllmLinear.from_packed(packed, w if source else None, natural)
+    assert torch.equal(layer.weight.abs()[~layer.salient], want) and torch.equal(layer.effective_weight(), stored)
+
+
+def test_a_learned_scale_starts_alike_whatever_the_size_of_the_weights():
+    """The latents' too, so that one learning rate suits; a computed scale is their size, which stays."""
+    w = weight()
+    one = PbllmLinear.start(w, None, options(scale="learned"))
+    for factor in (0.125, 8):
+        layer = PbllmLinear.start(factor * w, None, options(scale="learned"))
+        assert layer.weight.detach().abs()[~layer.salient].mean() == pytest.approx(0.02, rel=1e-5)
+        assert torch.allclose(layer.scale, factor * one.scale) and torch.equal(layer.weight > 0, one.weight > 0)
+        assert torch.equal(PbllmLinear.start(factor * w, None, options()).weight, factor * w)
+    with pytest.raises(OptionError, match="latent_size is -1"):
+        options(latent_size=-1)
 
 
 def test_a_sign_of_minus_one_lasts_where_the_magnitude_is_zero():

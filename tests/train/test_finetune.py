@@ -45,9 +45,10 @@ def layers(model):
 
 @pytest.mark.parametrize("verb", ["finetune", "distill"])
 @pytest.mark.parametrize("source", [True, False])
-def test_step_0_is_the_ptq_model(verb, source, ptq_dir, llama_dir, text, tmp_path, capsys):
+@pytest.mark.parametrize("latent_size", ["", "--latent-size 0"])
+def test_step_0_is_the_ptq_model(verb, source, latent_size, ptq_dir, llama_dir, text, tmp_path, capsys):
     start = ptq_dir if verb == "finetune" else f"{llama_dir} --start {ptq_dir}"
-    more = f"--source {llama_dir}" if source else ""
+    more = f"{latent_size} --source {llama_dir}" if source else latent_size
     model = start_of(f"{verb} {start} -o {tmp_path}/run --data {text} --max-steps 2 {SHORT} {more}")
     assert ("signs × |scale|" in capsys.readouterr().err) == (not source)
     packed, dense = load_any(ptq_dir, "float32"), AutoModelForCausalLM.from_pretrained(llama_dir)
@@ -60,7 +61,11 @@ def test_step_0_is_the_ptq_model(verb, source, ptq_dir, llama_dir, text, tmp_pat
         assert torch.equal(layer.effective_weight(), weight.to_dense()), name
         w = dense.get_submodule(name).weight
         size = (w - weight.shift.float()).abs() if source else weight.scale[0].float().abs().expand_as(w)
-        assert torch.equal(layer.weight.abs()[~layer.salient], size[~layer.salient])
+        latent, size = layer.weight.detach().abs()[~layer.salient], size[~layer.salient]
+        if not latent_size:
+            assert latent.mean() == pytest.approx(0.02, rel=1e-5), "whatever the size of the weights"
+            latent = latent * size.mean() / 0.02
+        assert torch.allclose(latent, size, rtol=1e-5, atol=0)
         assert layer.scale.requires_grad and layer.shift.requires_grad
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -81,7 +82,11 @@ class PbllmOptions(MethodOptions):
     """Scale of the binarized weights in training: mean |w| over each row's, or group's (the paper's optimal scale), over
     all (the published code), or learned, with a shift, from their start. A packed start with shifts is learned on."""
 
-    TRAINING: ClassVar[tuple[str, ...]] = ("scale",)
+    latent_size: float = 0.02
+    """Mean magnitude that a layer's latents are brought to where the scale is learned, so that one learning rate suits
+    models whose weights differ in size (with row and matrix their size is the scale); 0: as they are."""
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("scale", "latent_size")
 
     @classmethod
     def training_defaults(cls) -> dict[str, Any]:
@@ -96,6 +101,8 @@ class PbllmOptions(MethodOptions):
             raise OptionError(f"salient_bits is {self.salient_bits}; 1 to 8 are allowed")
         if self.block < 1 or self.refine < 0:
             raise OptionError(f"block is {self.block} and refine {self.refine}; at least 1 and 0 are needed")
+        if not 0 <= self.latent_size < math.inf:
+            raise OptionError(f"latent_size is {self.latent_size}; a magnitude such as 0.02 is needed, or 0")
         if not 0 < self.damping < 100:
             raise OptionError(f"damping is {self.damping}; a share of the mean diagonal such as 0.01 is needed")
         check_choice("saliency", self.saliency, ("hessian", "hessian-diagonal", "hessian-paper", *_OF_WEIGHTS))
@@ -173,6 +180,11 @@ class PbllmOptions(MethodOptions):
                 "signbit quantize whose salient weights are taken, or start from it, or --saliency magnitude|quantiles"
             )
         return self._salient(weight.float(), None)
+
+    def sized(self, latent: Tensor, salient: Tensor) -> Tensor:
+        """`latent` [N, K] times what makes `latent_size` of the mean magnitude of those that are not `salient`."""
+        mean = latent.abs()[~salient].mean()
+        return latent * (self.latent_size / mean) if self.latent_size and mean > 0 else latent
 
 
 @dataclass(frozen=True)
@@ -439,7 +451,8 @@ class PbllmLinear(BinaryLinear):
         count = inside.sum(dim=-1).clamp_min(1)
         shift = (grouped * inside).sum(dim=-1) / count
         centred = grouped - shift[:, :, None]
-        return cls(centred.reshape(w.shape), bias, options, *parts, (centred.abs() * inside).sum(dim=-1) / count, shift)
+        scale = (centred.abs() * inside).sum(dim=-1) / count
+        return cls(options.sized(centred.reshape(w.shape), salient), bias, options, *parts, scale, shift)
 
     @classmethod
     def blank(cls, weight: Tensor, bias: Tensor | None, options: MethodOptions) -> PbllmLinear:
@@ -458,9 +471,9 @@ class PbllmLinear(BinaryLinear):
 
     @classmethod
     def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> PbllmLinear:
-        """Salient weights, codes, signs, scales and shifts are the packed layer's; a latent is sign·|w − shift|.
+        """Salient weights, codes, signs, scales and shifts are the packed layer's; a latent is c·sign·|w − shift|.
 
-        Without `weight` it is sign·|scale|. With `scale` row or matrix the packed layer must have no shift and `weight`
+        Without `weight` it is c·sign·|scale|; c makes their mean magnitude `latent_size`, and is 1 with `scale` row or matrix. With `scale` row or matrix the packed layer must have no shift and `weight`
         must be None: the scale is then computed of latents that all have its size.
         """
         assert isinstance(options, PbllmOptions)
@@ -502,6 +515,8 @@ class PbllmLinear(BinaryLinear):
                 )
             salient, codes = w.salient.unpack(rows, columns)
             step, zero = w.salient.scale.float(), w.salient.zero.clone()
+        if learned:
+            size = options.sized(size, salient)
         return cls(
             latent_of(w, size), packed.bias, options, salient, codes, step, zero, *((scale, shift) if learned else ())
         )
