@@ -544,6 +544,10 @@ class BinaryLinear(nn.Module, ABC):
         """y = x · W̃ᵀ + bias with the binarized W̃, differentiable in the latent weight (straight-through)."""
 
     @abstractmethod
+    def effective_weight(self) -> Tensor:
+        """W̃ float [N, K], in the dtype of the latents and differentiable in them."""
+
+    @abstractmethod
     def binary(self) -> BinaryWeight:
         """The binarized weight as a value, detached."""
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import signbit
 from signbit.cli import main
 from signbit.errors import OptionError
+from signbit.format import read_description
 from signbit.hub.distill import Start
 from signbit.hub.load import load_any
 from signbit.linear import PackedLinear
@@ -198,7 +199,7 @@ def test_what_does_not_belong_together_is_refused(ptq_dir, llama_dir, text, toke
         (f"{ptq_dir} --masks {ptq_dir}", "--masks is for a student that starts from a model in full precision"),
         (f"{ptq_dir} --salient 0.3", "salient is 0.1 in"),
         (f"{ptq_dir} --scale row", "--scale learned"),
-        (f"{ptq_dir} --keep mlp", "leave out --keep"),
+        (f"{ptq_dir} --keep mlp", "leave out --head, --keep"),
         (f"{ptq_dir} --method onebit", "is of the method pbllm"),
         (f"{signbit_dir} --source {llama_dir}", "scales are computed of its latents"),
         (f"{llama_dir} --method pb-gptq", "no layer that is trained"),
@@ -339,3 +340,51 @@ def test_training_beats_the_ptq_result_that_it_starts_from(stories, shared, tmp_
         assert main(words.split()) == 0, capsys.readouterr().err
         held_out += [line["validation_cross_entropy"] for line in metrics(out) if "validation_cross_entropy" in line]
     assert len(held_out) == 2 and held_out[1] < 0.8 * held_out[0], held_out
+
+
+def test_a_binary_head_trains_packs_and_goes_on(llama_dir, text, tmp_path, capsys):
+    """As published; its tie to the embedding is cut, and the loss looks at the head's W̃ and reaches its latents."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = "--method pbllm --salient 0.1 --head binary --learning-rate 0.01"
+    trainer = trainer_of(f"finetune {llama_dir} -o {tmp_path}/made --data {text} --max-steps 2 {SHORT} {words}")
+    head = trainer.model.lm_head
+    assert (
+        isinstance(head, PbllmLinear)
+        and head.weight.data_ptr() != trainer.model.get_input_embeddings().weight.data_ptr()
+    )
+    ids = torch.randint(64, (2, 16))
+    loss, _ = trainer._losses(trainer.model.train(), ids, 0.0)
+    want = trainer.model(ids, labels=ids).loss
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5), "transformers' own, through the layer"
+    ours, theirs = (torch.autograd.grad(value, head.weight)[0] for value in (loss, want))
+    assert torch.allclose(ours, theirs, atol=1e-6) and ours.abs().max() > 0
+    assert finetune(llama_dir, run, text, words, 4) == 0, capsys.readouterr().err
+    assert main(f"pack {run} -o {out}".split()) == 0, capsys.readouterr().err
+    packed = load_any(str(out), "float32")
+    assert isinstance(packed.lm_head, PackedLinear) and not isinstance(packed.get_input_embeddings(), PackedLinear)
+    assert read_description(out)[1].settings["head"] == "binary" and not packed.config.tie_word_embeddings
+    state = load_file(run / "checkpoint-4" / "model.safetensors")
+    assert not torch.equal(state["lm_head.weight"], AutoModelForCausalLM.from_pretrained(llama_dir).lm_head.weight)
+    logits = packed(IDS).logits
+    for start in (run, out):
+        model = start_of(f"finetune {start} -o {tmp_path}/{start.name}-on --data {text} --max-steps 2 {SHORT}")
+        assert isinstance(model.lm_head, PbllmLinear)
+        assert (model(IDS).logits - logits).abs().max() <= 1e-5 * logits.abs().max()
+    from transformers import AutoModel
+
+    states = AutoModel.from_pretrained(out)(IDS).last_hidden_state
+    assert torch.allclose(packed.lm_head(states), logits, atol=1e-5 * float(logits.abs().max()))
+    for words, message in (
+        (
+            f"finetune {llama_dir} --method bitnet --head binary",
+            "a binary head is a product with its matrix and nothing else",
+        ),
+        (f"finetune {out} --head keep --keep mlp", "leave out --head, --keep"),
+    ):
+        assert main(f"{words} -o {tmp_path}/no --data {text} --max-steps 2 {SHORT}".split()) == 1
+        assert message in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "no", ignore_errors=True)
+    with pytest.raises(OptionError, match="a binary output head is trained"):
+        signbit.quantize_(
+            AutoModelForCausalLM.from_pretrained(llama_dir), signbit.SignbitConfig("absmean", head="binary")
+        )

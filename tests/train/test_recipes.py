@@ -72,6 +72,7 @@ def test_a_recipe_runs(name, tokenizer, tmp_path, capsys):
     }  # fmt: skip
     if made["config"] is not None:
         tables[method] = made["config"]["options"]
+        assert made["config"]["head"] == recipe.get("head", "keep")
     given = {"max_minutes", "max_passes", *(word[2:].replace("-", "_") for word in words.split() if word[:2] == "--")}
     for table, values in tables.items():
         for option, value in recipe.get(table, {}).items():

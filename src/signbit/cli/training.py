@@ -37,6 +37,8 @@ class TrainingOptions:
     """List the recipes and exit."""
     resume: bool = False
     """Go on at the newest complete checkpoint in RUN."""
+    head: Literal["keep", "binary"] = "keep"
+    """Output head: in full precision, or binary as the blocks' layers are, no longer the embedding's matrix."""
     keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pattern of layer names to keep as they are; may be repeated."""
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -166,9 +168,9 @@ def _gone_on(args: Any, begun: str, config: Any) -> Any:
 
     if args.method != config.method:
         raise OptionError(f"{begun} is of the method {config.method}; leave out --method {args.method}")
-    if args.keep or args.rule or args.allow_partial:
+    if args.keep or args.rule or args.allow_partial or args.head not in ("keep", config.head):
         raise OptionError(
-            f"which layers are binary, and how, is {begun}'s; leave out --keep, --rule and --allow-partial"
+            f"which layers are binary, and how, is {begun}'s; leave out --head, --keep, --rule and --allow-partial"
         )
     options = getattr(args, args.method.replace("-", "_"))
     free = () if is_run(begun) else options.TRAINING
@@ -223,9 +225,11 @@ def _run_training(args: Any, teacher: str | None, tokenizer: str, config: Any = 
         for text in args.rule:
             pattern, values = parse_rule(text, type(options))
             rules[pattern] = {**rules.pop(pattern, {}), **values}
-        config = SignbitConfig(args.method, "keep", args.keep, args.allow_partial, rules, **asdict(options))
-    elif options is None and (args.keep or args.rule or args.allow_partial):
-        raise OptionError("--keep, --rule and --allow-partial are for binary layers, of which --method none has none")
+        config = SignbitConfig(args.method, args.head, args.keep, args.allow_partial, rules, **asdict(options))
+    elif options is None and (args.keep or args.rule or args.allow_partial or args.head != "keep"):
+        raise OptionError(
+            "--head, --keep, --rule and --allow-partial are for binary layers, of which --method none has none"
+        )
     recipe = Recipe(
         Start(**start), teacher, tokenizer, config, args.data, args.objective, args.train, args.schedule, args.trained,
         args.teacher_logits, getattr(args, "adapters", None),
@@ -330,7 +334,7 @@ def _finetune_adapters(argv: Sequence[str], recipe: dict[str, Any]) -> None:
     args = _parse_training("finetune", argv, FinetuneOptions, recipe, adapters=Lora)
     if args.start is None or args.out is None:
         raise OptionError("what and where to? signbit finetune OUT --lora -o RUN --data FILE --max-steps N")
-    own = ("--method", "--keep", "--rule", "--allow-partial", "--source", "--masks")
+    own = ("--method", "--head", "--keep", "--rule", "--allow-partial", "--source", "--masks")
     if given := [flag for flag in own if flag in argv]:
         raise OptionError(f"with --lora the packed layers of {args.start} stay as they are; leave out {given[0]}")
     if args.objective.needs_teacher or args.teacher_logits is not None:

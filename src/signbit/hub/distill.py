@@ -212,7 +212,8 @@ def config_to_go_on(name: str, source: str | None = None) -> SignbitConfig | Non
         raise FormatError(f"{name} does not say by which method it was made; quantize the source model again")
     if find_method(METHODS, settings["method"]).layer is None:
         settings["method"] = "pbllm"  # PB-GPTQ's result is one of the same form
-    settings |= {"head": "keep"}  # an int8 head is trained as a dense one
+    if settings.get("head") == "int8":
+        settings["head"] = "keep"  # it is trained as a dense one
     specs = [spec for layer in description.layers.values() for spec in layer.weights]
     options = dict(settings["options"])
     if settings["method"] == "pbllm" and (source is not None or any(spec.shift for spec in specs)):
@@ -474,7 +475,9 @@ def _student(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], N
     if config is None:
         return student, start_dense_(student, recipe.trained)
     method = find_method(METHODS, config.method)
-    return student, start_training_(student, method, config.plan, recipe.trained, before=before)
+    return student, start_training_(
+        student, method, config.plan, recipe.trained, before=before, head=config.head == "binary"
+    )
 
 
 def _adapted(name: str, lora: Lora, device: str) -> tuple[Any, Report]:
@@ -669,7 +672,7 @@ def _latent(run: Path, device: str = "cpu") -> tuple[Any, Report]:
     method = find_method(METHODS, config.method)
     with init_empty_weights(), torch.no_grad():
         model = AutoModelForCausalLM.from_config(load_config(str(checkpoint)), dtype=torch.float32)
-        report = start_training_(model, method, config.plan, Trained(), blank=True)
+        report = start_training_(model, method, config.plan, Trained(), blank=True, head=config.head == "binary")
     state: dict[str, torch.Tensor] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):  # one, or shards
         try:

@@ -473,8 +473,9 @@ class PbllmLinear(BinaryLinear):
     def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> PbllmLinear:
         """Salient weights, codes, signs, scales and shifts are the packed layer's; a latent is c·sign·|w − shift|.
 
-        Without `weight` it is c·sign·|scale|; c makes their mean magnitude `latent_size`, and is 1 with `scale` row or matrix. With `scale` row or matrix the packed layer must have no shift and `weight`
-        must be None: the scale is then computed of latents that all have its size.
+        Without `weight` it is c·sign·|scale|; c makes their mean magnitude `latent_size`. With `scale` row or matrix c is 1,
+        and the packed layer must have no shift and `weight` must be None: the scale is then computed of latents that all
+        have its size.
         """
         assert isinstance(options, PbllmOptions)
         w = only_weight(packed)

@@ -32,7 +32,7 @@ _TABLES: dict[str, type] = {
 #: What only a student that does not start as its teacher has; `vocabulary` is that of the published run, a run has its
 #: tokenizer's.
 PRETRAINED = ("shape", "model", "random", "tokenizer", "vocabulary")
-_PLAIN = ("about", "teacher", "method", "data", "keep", "result", "start", "masks", *PRETRAINED[1:])
+_PLAIN = ("about", "teacher", "method", "data", "head", "keep", "result", "start", "masks", *PRETRAINED[1:])
 
 
 def verb_of(recipe: dict[str, Any]) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from signbit import ptq
-from signbit.errors import OptionError, SignbitError, WeightError
+from signbit.errors import OptionError, SignbitError, StructureError, WeightError
 from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.base import Method, store
 from signbit.models import Decision, Report, find_structure, linear_parts, set_module, split_experts_
@@ -90,13 +90,14 @@ def start_training_(
     trained: Trained,
     blank: bool = False,
     before: Before | None = None,
+    head: bool = False,
 ) -> Report:
     """Puts the method's trainable layer in the place of each linear of the blocks, in place; returns what was done.
 
     Latents are float32 whatever the model's dtype. `blank` leaves the layers to be filled by a checkpoint; the model may
     then be on the meta device. `before` holds packed layers that they go on from; the weights of `model` in their places
-    may then be on the meta device. Raises StructureError and OptionError as `quantize_` does, and
-    OptionError for a method that has no trainable layer.
+    may then be on the meta device. `head` makes the output head such a layer too, and cuts its tie to the embedding.
+    Raises StructureError and OptionError as `quantize_` does, and OptionError for a method that has no trainable layer.
     """
     if method.layer is None:
         raise OptionError("this method has no layer that is trained; it is calibrated, see signbit quantize")
@@ -108,21 +109,36 @@ def start_training_(
                 ptq.check_finite(name, parameter)
     make = method.layer.blank if blank else method.layer.start
     decisions = []
-    for target in structure.targets:
-        weight, bias = linear_parts(model.get_submodule(target.name))
-        options = plan.options_of(target.name)
+    parameters = structure.block_parameters
+    names = {target.name: ptq.LINEAR for target in structure.targets}
+    if head:
+        names[name := _untie_head_(model)] = "output head"
+        parameters += linear_parts(model.get_submodule(name))[0].numel()
+    for name, why in names.items():
+        weight, bias = linear_parts(model.get_submodule(name))
+        options = plan.options_of(name)
         try:
             if before is not None:
-                layer = before.layer(target.name, method.layer, weight.detach(), bias, options)
+                layer = before.layer(name, method.layer, weight.detach(), bias, options)
             else:
                 layer = make(weight.detach().float(), bias, options)
         except SignbitError as error:
-            raise type(error)(f"{target.name}: {error}") from error
-        set_module(model, target.name, layer)
-        entries = target.out_features * target.in_features
-        decisions.append(Decision(target.name, "binarized", ptq.LINEAR, entries, weights=entries))
+            raise type(error)(f"{name}: {error}") from error
+        set_module(model, name, layer)
+        decisions.append(Decision(name, "binarized", why, weight.numel(), weights=weight.numel()))
     train_parts_(model, trained)
-    return Report((*decisions, *structure.kept), structure.block_parameters)
+    return Report((*decisions, *structure.kept), parameters)
+
+
+def _untie_head_(model: Any) -> str:
+    """The name of the output head, which is the embedding's no longer; raises StructureError for one that is not linear."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise StructureError(f"{type(model).__name__} has no plain linear output head; leave out --head binary")
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    name: str = next(name for name, module in model.named_modules() if module is head)
+    return name
 
 
 def train_parts_(model: nn.Module, trained: Trained) -> None:

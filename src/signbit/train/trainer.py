@@ -22,6 +22,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from signbit.errors import OptionError, TrainingError
+from signbit.linear import BinaryLinear
 from signbit.methods.base import check_choice
 from signbit.models.structure import find_blocks
 from signbit.train.annealing import Annealing
@@ -44,7 +45,7 @@ from signbit.train.flips import Flips
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, Top, attention_distance, hidden_distance, output_loss
-from signbit.train.outputs import States, head_of
+from signbit.train.outputs import States, head_of, weight_of
 from signbit.train.spikes import Unskipped, check_in_a_row, recorded
 from signbit.train.students import matrices
 
@@ -286,6 +287,11 @@ class DistillTrainer(Trainer):
                 _check_positions(who, model, options.sequence_length)
         if teacher is not None:
             _check_layers(student, teacher, objective)
+        binary_head = isinstance(student.get_output_embeddings(), BinaryLinear)
+        if binary_head and self.engine["kind"] in ("FSDP", "DEEPSPEED"):
+            raise OptionError(
+                f"--head binary needs the whole head, which {self.engine['kind']} keeps in parts; leave it out"
+            )
         self._states, self._taught = States(student), None if teacher is None else States(teacher)
         self.head = head_of(student, self._states)
         self.teacher_head: Head | None = None
@@ -454,7 +460,7 @@ class DistillTrainer(Trainer):
     def _head(self) -> Head:
         """The student's head with its parameters as they are now; an engine that divides them has put others there."""
         module = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        return self.head._replace(weight=whole(module.weight), bias=whole(module.bias))
+        return self.head._replace(weight=whole(weight_of(module)), bias=whole(module.bias))
 
     # How it is learnt.
 
