@@ -81,6 +81,9 @@ def test_a_run_is_trained_saved_and_loaded(packed_dir, text, tmp_path, capsys):
     assert torch.equal(other(IDS).logits, got)
     capsys.readouterr()
     assert main(f"generate {adapter} w3 --max-new-tokens 2".split()) == 0, capsys.readouterr().err
+    assert main(f"eval {adapter} --ppl {text} --window 32 --against {packed_dir} --json {tmp_path}/e.json".split()) == 0
+    one, other = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert one["perplexity"] != other["perplexity"] and one["saved"] == other["saved"] is not None
 
 
 def test_merging_is_refused_with_the_reason(packed_dir, text, tmp_path, capsys):
