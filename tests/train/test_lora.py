@@ -114,6 +114,7 @@ def test_a_run_killed_in_its_middle_ends_as_one_that_was_not(packed_dir, text, t
     assert "lora_dropout (0.1 there, 0.0 here) differs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compiled_blocks_learn_as_eager_ones(packed_dir, text, tmp_path, capsys):
     lines = []
     for more in ("", "--compile"):
