@@ -110,6 +110,32 @@ def test_two_processes_give_the_losses_of_one(llama_dir, text, tmp_path, engine,
 
 
 @needs_deepspeed
+def test_adapters_train_under_ddp(llama_dir, text, tmp_path):
+    """The losses of one process; the packed layers, whose buffers DDP looks at, stay as they are."""
+    pytest.importorskip("peft")
+    from signbit.cli import main
+
+    rtn = "--method pbllm --salient 0.1 --no-gptq --saliency magnitude"
+    assert main(f"quantize {llama_dir} -o {tmp_path}/packed {rtn}".split()) == 0
+    command, environment = launcher("DDP", tmp_path)
+
+    def words(name):
+        return (
+            f"finetune {tmp_path}/packed -o {tmp_path}/{name} --lora --data {text} --max-steps 3 --learning-rate 0.02 "
+            "--sequence-length 16 --batch-size 4 --log-every 1 --validation-blocks 2"
+        ).split()
+
+    for launch, name, more in ((["signbit"], "one", {}), (command, "two", environment)):
+        done = launched(*launch, *words(name), **more)
+        assert done.returncode == 0, done.stderr
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["loss"] for line in two if "loss" in line] == pytest.approx(
+        [line["loss"] for line in one if "loss" in line], rel=1e-5
+    )
+    done = launched(*launcher("FSDP", tmp_path)[0], *words("three"), **launcher("FSDP", tmp_path)[1])
+    assert done.returncode and "adapters beside packed layers train on one GPU or under DDP" in done.stderr
+
+
 def test_parameters_and_optimizer_may_stay_in_the_cpus_memory(llama_dir, text, tmp_path):
     check(llama_dir, text, tmp_path, "ZeRO-3", "DEEPSPEED", ("--optim", "adamw_torch"), offload="cpu")
 
