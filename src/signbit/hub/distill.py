@@ -693,7 +693,7 @@ def _base(start: dict[str, Any]) -> str | None:
     base = None if start["random"] else start.get("source") or start["model"]
     if base is None or not is_run(base):
         return base
-    return _base(json.loads((Path(base) / RUN).read_text())["start"])
+    return _base(read_json(Path(base) / RUN)["start"])
 
 
 def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str = "float32") -> tuple[Path, int]:
