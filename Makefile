@@ -2,8 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Parallel tests share two cores badly: torch itself uses them.
-PYTEST := $(BIN)/python -m pytest
+# Several processes of one thread each: tests are small, and threads of several processes wait for each other.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-slow lint env clean
 
