@@ -2,8 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Parallel tests share two cores badly: torch itself uses them.
-PYTEST := $(BIN)/python -m pytest
+# Several processes of one thread each: tests are small, and threads of several processes wait for each other.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-slow lint env clean
 
@@ -33,7 +34,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,plot,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,lora,plot,test,dev]'
 	touch $@
 
 # DeepSpeed is built from its sources, which look at the torch that is there.

@@ -39,7 +39,8 @@ def _settings(text: str) -> tuple[str, dict[str, Any]]:
 def measure(args: argparse.Namespace, setting: str, share: float, seed: int) -> dict[str, Any]:
     method, values = _settings(setting)
     config = signbit.SignbitConfig(method, **{"salient": share, **values})
-    text = CalibrationOptions(args.calibration, args.samples, args.sequence_length, seed)
+    measured = config.plan.options.needs.moments
+    text = CalibrationOptions(args.calibration if measured else None, args.samples, args.sequence_length, seed)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         out, report = quantize(
@@ -65,6 +66,22 @@ def measure(args: argparse.Namespace, setting: str, share: float, seed: int) -> 
         "evaluate_s": time.perf_counter() - began,
         "mean_error": statistics.mean(d.error or 0 for d in report.binarized),
     }  # fmt: skip
+
+
+def read_rows(path: str | None, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are finished, all of them of the same `run`."""
+    done = []
+    if path and Path(path).exists():
+        done = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    if strange := [row for row in done if {key: row.get(key) for key in run} != run]:
+        raise SystemExit(f"{path} has rows of another run ({strange[0]}); give another --rows")
+    return done
+
+
+def keep_row(path: str | None, row: dict[str, Any]) -> None:
+    if path:
+        with Path(path).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -138,14 +155,10 @@ def main() -> None:
     parser.add_argument("--plot", help="also draw the rows, with those of rounding to nearest, to this picture")
     parser.add_argument("--part", default="0/1", help="i/n: measure every n-th row from the i-th")
     args = parser.parse_args()
-    done = []
-    if args.rows and Path(args.rows).exists():
-        done = [json.loads(line) for line in Path(args.rows).read_text().splitlines()]
     part, parts = map(int, args.part.split("/"))
     wanted = [(s, share, seed) for seed in args.seeds for share in args.shares for s in args.settings]
     run = {"protocol": args.ppl, "windows": args.max_windows, "samples": args.samples, "length": args.sequence_length}
-    if strange := [row for row in done if {key: row[key] for key in run} != run]:
-        raise SystemExit(f"{args.rows} has rows of another run ({strange[0]}); give another --rows")
+    done = read_rows(args.rows, run)
     known = {(row["setting"], row["share"], row["seed"]) for row in done}
     for key in [key for key in wanted[part::parts] if key not in known]:
         row = measure(args, *key)
@@ -154,9 +167,7 @@ def main() -> None:
             f"{row['setting']}, {row['share']:.0%}, seed {row['seed']}: {row['perplexity']:.5g} at "
             f"{row['bits_per_weight']:.3f} bits, {row['quantize_s']:.0f} + {row['evaluate_s']:.0f} s", flush=True,
         )  # fmt: skip
-        if args.rows:
-            with Path(args.rows).open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+        keep_row(args.rows, row)
     table(done)
     if args.plot:
         draw(done, args.plot)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from signbit.hub.save import save
     from signbit.linear import BinaryLinear, Int8Embedding, Int8Head, PackedLinear, set_activations
     from signbit.methods import METHODS
+    from signbit.models.lora import load_adapter, lora_config
     from signbit.ops import explain
     from signbit.weight import BinaryWeight, Salient
 
@@ -43,6 +44,8 @@ __all__ = [
     "draw_windows",
     "explain",
     "load",
+    "load_adapter",
+    "lora_config",
     "perplexity",
     "quantize_",
     "save",
@@ -63,6 +66,8 @@ _HOME = {
     "draw_windows": "signbit.data.calibration",
     "explain": "signbit.ops",
     "load": "signbit.hub.load",
+    "load_adapter": "signbit.models.lora",
+    "lora_config": "signbit.models.lora",
     "perplexity": "signbit.evaluate.perplexity",
     "quantize_": "signbit.hub.quantizer",
     "save": "signbit.hub.save",

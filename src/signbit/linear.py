@@ -520,9 +520,32 @@ class BinaryLinear(nn.Module, ABC):
         """The same with parameters that a checkpoint will fill: `weight` may be on the meta device, and is not looked at."""
         return cls.start(weight, bias, options)
 
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: Any) -> BinaryLinear:
+        """The layer that goes on where `packed` ended: its signs, scales and codes, and the bias.
+
+        `weight` float [N, K] is the matrix that was binarized, of which latents take their magnitude; None: they take
+        |scale|. Raises OptionError for a packed layer that this one cannot hold.
+        """
+        raise OptionError(
+            f"{cls.__name__} cannot go on from a packed layer; go on from the run itself (signbit finetune RUN)"
+        )
+
+    @classmethod
+    def with_salient(cls, weight: Tensor, bias: Tensor | None, salient: Tensor, options: Any) -> BinaryLinear:
+        """As `start`, with the salient weights where `salient` bool [N, K] is True.
+
+        Raises OptionError for a method that has none.
+        """
+        raise OptionError("this method has no salient weights; leave out --masks, or use --method pbllm")
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """y = x · W̃ᵀ + bias with the binarized W̃, differentiable in the latent weight (straight-through)."""
+
+    @abstractmethod
+    def effective_weight(self) -> Tensor:
+        """W̃ float [N, K], in the dtype of the latents and differentiable in them."""
 
     @abstractmethod
     def binary(self) -> BinaryWeight:
@@ -531,6 +554,13 @@ class BinaryLinear(nn.Module, ABC):
     def train_parts_(self) -> None:
         """Says which of its parameters are trained: all, unless a method freezes some."""
         self.requires_grad_(True)
+
+    def set_progress(self, done: float) -> None:
+        """Tells the share of the training that is done, 0 … 1: before the first step, and after each.
+
+        Most methods do not anneal and ignore it. One that does keeps it in a buffer that it fills in place, for compiled
+        code and CUDA graphs hold that tensor.
+        """
 
     def pack(self) -> PackedLinear:
         """The layer for inference; a method with norms or quantized activations overrides this."""

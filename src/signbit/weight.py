@@ -47,6 +47,15 @@ class Salient:
         positions, counts = bits.pack_positions(mask)
         return cls(bits.pack_codes(codes[mask], bits_), positions, counts, scale, zero.to(torch.uint8), bits_)
 
+    def unpack(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """The inverse of `from_mask`: where codes are, bool [N, K], and the codes, uint8 [N, K], 0 elsewhere."""
+        index = bits.unpack_positions(self.positions, self.counts, rows, columns)
+        mask = torch.zeros(rows * columns, dtype=torch.bool, device=self.positions.device)
+        codes = torch.zeros(rows * columns, dtype=torch.uint8, device=self.positions.device)
+        mask[index] = True
+        codes[index] = bits.unpack_codes(self.codes, index.shape[0], self.bits).to(torch.uint8)
+        return mask.view(rows, columns), codes.view(rows, columns)
+
     def __post_init__(self) -> None:
         _require(1 <= self.bits <= 8, f"salient codes have 1 to 8 bits, not {self.bits}")
         for name in ("codes", "positions", "zero"):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import families
 from tests.conftest import tiny_llama_config
 from transformers import LlamaConfig
 
@@ -102,7 +103,7 @@ def test_fbis_sizes(name, dense, packed, saved):
     assert 100 * (1 - size / whole) == pytest.approx(saved, abs=0.06)
 
 
-@pytest.mark.parametrize("method", ["onebit", "fbi", "bitnet", "absmean"])
+@pytest.mark.parametrize("method", ["onebit", "fbi", "bitnet", "absmean", "pbllm"])
 def test_what_is_computed_is_what_is_measured(method):
     asked = of(tiny_llama_config(), method, options={"sequence_length": 64})
     computed, measured = memory(asked, "never"), memory(asked, "always")
@@ -110,6 +111,26 @@ def test_what_is_computed_is_what_is_measured(method):
     for one, other in zip(computed, measured, strict=True):
         for part in ("weights", "gradients", "optimizer", "activations"):
             assert getattr(one, part) == pytest.approx(getattr(other, part), rel=0.01), (one.form, part)
+
+
+def test_what_is_called_measured_was(monkeypatch):
+    """A step of real tensors in each form, after one of shapes."""
+    from signbit.hub import memory as module
+
+    made = []
+
+    def spied(inner):
+        def spy(*given):
+            made.append(inner(*given))
+            return made[-1]
+
+        return spy
+
+    for name in ("_train", "_pack", "_pack_one_bit"):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    uses = memory(of(tiny_llama_config(), "fbi"), "always")
+    assert [(use.form, use.measured) for use in made] == [(use.form, one) for use in uses for one in (False, True)]
+    assert made[1::2] == uses
 
 
 def test_packed_is_what_pack_writes(llama_dir, text, tmp_path):
@@ -188,13 +209,19 @@ def test_every_recipe_with_a_shape_is_one(name):
 
 
 def test_what_cannot_be_told_is_refused(llama_dir, tmp_path, capsys):
+    families.qwen3_moe().save_pretrained(tmp_path / "mixture")
     (tmp_path / "mine.toml").write_text("[shape]\nhidden_size = 64\nnum_attention_heads = 4\n")
     for words, message in (
         ("", "of what? give MODEL (a directory, a config.json, a hub id), or --recipe NAME"),
         (f"--recipe {tmp_path}/mine.toml", "leaves the vocabulary to the tokenizer; give --vocabulary N"),
         (f"{llama_dir} --sequences 0", "--sequences and --vocabulary are at least 1"),
-        (f"{llama_dir} --method pbllm", "the method pbllm is not trained; signbit quantize --method pbllm --dry-run"),
+        (
+            f"{llama_dir} --method pb-gptq",
+            "the method pb-gptq is not trained; signbit quantize --method pb-gptq --dry-run",
+        ),
         (f"{tmp_path}/none/there", "there is no directory"),
+        (f"{tmp_path}/mine.toml", "is no config.json of a model"),
+        (f"{tmp_path}/mixture", "depends on more than shapes (experts, images)"),
         ("--recipe none-such", "there is no recipe 'none-such'"),
         (f"{llama_dir} --device cuda:9", "the device 'cuda:9' cannot be used here"),
     ):

@@ -74,6 +74,23 @@ def law_random(backend, w, dtype, device="cpu", magnitude=1.0, outliers=False, t
     assert error <= allowed, f"error {error:.3g}, {allowed:.3g} is allowed"
 
 
+def law_input_gradient(multiply, w, dtype, device="cpu", tokens=16):
+    """dx = dy · W against float64: the largest error is at most twice that of plain torch in the same dtype.
+
+    `multiply` takes an input [..., K] that wants a gradient, whatever it does with its activations.
+    """
+    x = torch.randn(2, tokens // 2, w.in_features, device=device, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(2, tokens // 2, w.out_features, device=device, dtype=dtype)
+    with uninitialized_memory_is_nan():
+        multiply(x).backward(upstream)
+    exact = upstream.double() @ w.to_dense(torch.float64)
+    plain = upstream @ w.to_dense().to(dtype)
+    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+    assert x.grad.dtype is dtype and x.grad.shape == x.shape
+    error = (x.grad.double() - exact).abs().max()
+    assert bool(error <= allowed), f"gradient off by {error:.3g}, {allowed:.3g} is allowed"  # NaN is not
+
+
 def int8_by_definition(x, w):
     """design.md §4.7 written out in float64, token by token; also the sum of |terms| for the tolerance."""
 

@@ -7,7 +7,7 @@ import torch
 from signbit import bits
 from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.methods import AbsmeanLinear
-from signbit.ops import BACKENDS, binary_linear, cuda, int8_linear
+from signbit.ops import BACKENDS, binary_linear, cuda, int8_linear, prepare, prepared_linear
 from signbit.ops.dispatch import Backend
 from signbit.ops.schema import _binary_linear, _binary_linear_input_grad, _int8_linear
 from signbit.weight import BinaryWeight
@@ -204,13 +204,22 @@ def test_straight_through_gradient_is_the_written_formula(group):
     assert torch.allclose(layer.bias.grad, upstream.sum(0))
 
 
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+@pytest.mark.parametrize("form", ["as stored", "prepared"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", cases.TERMS)
-def test_gradient_of_the_input_is_that_of_the_dense_matrix(kind):
-    w = cases.make(kind)
-    x = torch.randn(4, w.in_features, requires_grad=True)
-    upstream = torch.randn(4, w.out_features)
-    binary_linear(x, w.operands()).backward(upstream)
-    assert torch.allclose(x.grad, upstream @ w.to_dense(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradient_of_the_input_is_that_of_the_dense_matrix(kind, dtype, form, mode, device):
+    """On the kernels and without, and straight through quantized activations."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    w = to_device(cases.make(kind), device)
+    multiply, operands = binary_linear, w.operands()
+    if form == "prepared":
+        multiply, operands = prepared_linear, prepare(operands, torch.device(device))
+        if isinstance(operands, str):
+            pytest.skip(operands)
+    laws.law_input_gradient(lambda x: multiply(x, operands, mode), w, dtype, device)
 
 
 def test_packed_parameters_take_no_gradient():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from signbit.errors import OptionError
-from signbit.methods import METHODS, AbsmeanOptions
+from signbit.methods import METHODS, AbsmeanLinear, AbsmeanOptions
 from signbit.methods.base import find_method, make_options
 
 
@@ -21,6 +21,14 @@ def test_no_other_scale_has_a_lower_squared_error():
     for factor in (0.97, 1.03):
         other = (w.to_dense() * factor - weight).square().sum()
         assert other > best
+
+
+@pytest.mark.parametrize("group", [-1, 8])
+def test_the_layer_that_is_trained_starts_as_the_binarized_matrix(group):
+    weight, options = torch.randn(6, 24), AbsmeanOptions(group=group, scale_dtype="float32")
+    layer = AbsmeanLinear.start(weight, None, options)
+    assert torch.equal(layer.effective_weight(), options.binarize(weight).to_dense())
+    assert torch.equal(layer.binary().to_dense(), layer.effective_weight())
 
 
 def test_true_bits():

@@ -23,6 +23,7 @@ FORMS = [
     {"norm": "layer", "ste": "sign", "groups": 4},
     {"weights": "ternary"},
     {"norm": "none"},
+    {"norm_eps": 0.5},
     {"act_bits": 0},
 ]
 
@@ -92,7 +93,8 @@ def test_it_packs_to_itself_integer_for_integer(form, by_the_reference):
     layer = BitnetLinear.start(weight(), torch.randn(24), BitnetOptions(**form))
     layer.weight.data[0, 0] = layer.weight.mean()
     assert torch.equal(layer.binary().to_dense(), layer.effective_weight())
-    x = torch.randn(64, 40) * torch.logspace(-3, 3, 64)[:, None]
+    x = torch.randn(64, 40) * torch.logspace(-9, 3, 64)[:, None]  # the smallest are below what a token's scale may be
+    x[5] = 0.0
     got, want = layer.pack()(x), layer(x)
     if form.get("weights") == "ternary":
         assert (got - want).abs().max(-1).values.le(2e-6 * want.abs().max(-1).values).all()
@@ -177,6 +179,13 @@ def test_shifted_activations_are_the_papers_and_cannot_be_packed():
         layer.pack()
 
 
+def test_a_matrix_of_zeros_has_numbers():
+    for options in (BitnetOptions(), BitnetOptions(weights="ternary"), BitnetOptions(norm="layer", ste="sign")):
+        layer = BitnetLinear.start(torch.zeros(6, 8), None, options)
+        layer(torch.randn(5, 8)).sum().backward()
+        assert (layer.effective_weight() == 0).all() and torch.isfinite(layer.weight.grad).all(), options
+
+
 def test_groups_are_of_output_rows():
     w = weight()
     whole = BitnetLinear.start(w, None, BitnetOptions(groups=4))
@@ -202,6 +211,8 @@ def test_a_whole_model_packs_to_its_logits_bit_for_bit(by_the_reference):
     ("values", "message"),
     [
         ({"groups": 0}, "at least 1 is needed"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0; a small number is needed"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
         ({"act_bits": 4}, "allowed: 8, 0"),
         ({"shifted": True, "act_bits": 0}, "shifted activations are 8-bit ones"),
         ({"ste": "sign", "weights": "ternary"}, "ste sign belongs to binary weights"),

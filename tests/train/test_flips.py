@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from signbit.cli import main
 from signbit.errors import TrainingError
 from signbit.train import read_flips, read_metrics
+from signbit.train.flips import FlipHistory
 from signbit.train.plot import plot_flips
 
 SIZES = "--sequence-length 16 --batch-size 4 --validation-blocks 2 --learning-rate 0.02 --max-steps 6"
@@ -79,6 +80,9 @@ def test_what_cannot_be_analysed_is_refused(run, tmp_path, capsys):
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changes))
         with pytest.raises(TrainingError, match=message):
             read_flips(run)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(TrainingError, match="has no line yet"):  # a run in its first steps
+        read_flips(run)
 
 
 def test_layers_outside_of_blocks_are_drawn_too(run, tmp_path):
@@ -91,6 +95,51 @@ def test_layers_outside_of_blocks_are_drawn_too(run, tmp_path):
         "odd",
     )
     assert "odd" in (tmp_path / "odd.svg").read_text()
+
+
+@pytest.fixture
+def history():
+    """Two kinds of layers, of unlike sizes, over one step and then three."""
+    rates = {"blocks.0.up": [0.5, 0.1], "blocks.1.up": [0.1, 0.3], "blocks.0.down": [0.0, 0.2]}
+    sizes = {"blocks.0.up": 100, "blocks.1.up": 300, "blocks.0.down": 600}
+    return FlipHistory([1, 4], [1, 3], [8, 32], sizes, rates, [0.08, 0.22])
+
+
+def test_means_are_weighted_by_size_and_by_steps(history):
+    assert history.mean(["blocks.0.up", "blocks.1.up"]) == pytest.approx([0.2, 0.25])
+    assert history.over_the_run([0.2, 0.6]) == pytest.approx(0.5)
+    up, down, every = history.summary()
+    assert up[1:3] == (2, 400) and up[3:] == pytest.approx((0.2, (0.2 + 3 * 0.25) / 4, 0.25))
+    assert down[1:3] == (1, 600) and down[3:] == pytest.approx((0.0, 0.15, 0.2))
+    assert every[:3] == ("all", 3, 1000) and every[3:] == pytest.approx((0.08, (0.08 + 3 * 0.22) / 4, 0.22))
+
+
+def test_what_is_drawn_is_what_was_counted(history, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append(self))
+    plot_flips(history, tmp_path / "flips.png", "a run")
+    left, right = ([(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] for axes in drawn[0].axes)
+    tokens = [8e-6, 32e-6]
+    for (x, y), want in zip(left, ([20, 25], [0, 20], [8, 22]), strict=True):
+        assert x == pytest.approx(tokens) and y == pytest.approx(want)
+    for (x, y), blocks, want in zip(right, ([0, 1], [0]), ([20, 25], [15]), strict=True):
+        assert x == blocks and y == pytest.approx(want)
+
+
+def test_a_latent_of_zero_is_a_plus(llama):
+    from signbit.methods import METHODS
+    from signbit.ptq import Plan
+    from signbit.train import Flips, Trained, binary_layers, start_training_
+
+    start_training_(llama, METHODS["fbi"], Plan(METHODS["fbi"].options()), Trained())
+    flips, (name, layer) = Flips(llama), next(iter(binary_layers(llama)))
+    layer.weight.data[0, :3] = torch.tensor([1.0, 2.0, -1.0])
+    flips.begin()
+    layer.weight.data[0, :3] = 0.0
+    flips.step()
+    assert flips.take()[name] == pytest.approx(1 / layer.weight.numel())
 
 
 def test_groups_change_nothing(llama, monkeypatch):

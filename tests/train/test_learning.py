@@ -39,6 +39,16 @@ FORMS = {
     "fbi": ("fbi", {}),
     "bitnet": ("bitnet", {}),
     "bitnet-paper": ("bitnet", {"norm": "layer", "ste": "sign"}),
+    "bnn": ("bnn", {}),
+    "xnor": ("xnor", {}),
+    "bireal": ("bireal", {}),
+    "bireal-signs": ("bireal", {"act_bits": 1}),
+    "irnet": ("irnet", {}),
+    "irnet-published": ("irnet", {"scale": "standardised", "norm": "layer"}),
+    "fda": ("fda", {}),
+    "recu": ("recu", {}),
+    "recu-published": ("recu", {"scale": "standardised", "norm": "layer"}),
+    "pbllm": ("pbllm", {**METHODS["pbllm"].options.training_defaults(), "salient": 0.1}),
 }
 
 

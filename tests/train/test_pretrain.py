@@ -31,6 +31,12 @@ METHOD_WORDS = {
     "ternary": "--method bitnet --weights ternary",
     "bitnet-transformers": "--method bitnet-transformers --signs trained",
     "onebit": "--method onebit",
+    "bnn": "--method bnn",
+    "xnor": "--method xnor --center --optim adamw_torch",
+    "bireal": "--method bireal --act-bits 1",
+    "irnet": "--method irnet",
+    "fda": "--method fda --optim adamw_torch",
+    "recu": "--method recu",
 }
 
 
@@ -72,7 +78,7 @@ def test_a_run_resumes_exactly_and_packs_without_a_loss(kind, llama_dir, text, t
     model.load_state_dict(state)
     ids = torch.randint(3, 60, (2, 12))
     got, want = packed(ids).logits, model.eval()(ids).logits
-    if kind in ("none", "bitnet", "bitnet-paper", "fbi"):
+    if kind in ("none", "bitnet", "bitnet-paper", "fbi", "bnn", "xnor", "bireal", "irnet", "fda", "recu"):
         assert torch.equal(got, want)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -174,6 +180,23 @@ def test_runs_of_all_objectives_are_compared_by_the_next_token(llama_dir, text, 
     assert held["ad"]["validation_loss"] != pytest.approx(expected, rel=1e-3)
 
 
+def test_the_loss_without_a_teacher_is_that_of_the_next_token(llama_dir, text, tmp_path, monkeypatch):
+    """As transformers has it, on the very batch."""
+    from signbit.hub import distill as module
+
+    seen, inner = [], module.DistillTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        ids = inputs["input_ids"]
+        seen.append(float(model(input_ids=ids, labels=ids).loss))
+        return inner(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(module.DistillTrainer, "compute_loss", compute_loss)
+    words = f"--tokenizer {llama_dir} --learning-rate 0 --log-every 1"
+    assert pretrain(text, tmp_path / "run", words, steps=2) == 0
+    assert [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line] == pytest.approx(seen[:2], rel=1e-5)
+
+
 @pytest.mark.parametrize("start", ["shape", "random"])
 def test_the_padding_token_is_a_token_like_others(start, llama_dir, text, tmp_path):
     """It often stands between documents; transformers makes it 0 and gives it no gradient."""
@@ -243,7 +266,12 @@ def test_a_warm_up_is_not_shorter_than_none():
         ("--tokenizer DIR --method none --keep q_proj", "are for binary layers, of which --method none has none"),
         ("--tokenizer DIR --method two", "there is no method 'two'"),
         ("--tokenizer DIR --method bitnet --groups 5", "5 groups do not divide"),
-        ("--tokenizer DIR --method pbllm", "this method has no layer that is trained"),
+        ("--tokenizer DIR --method pb-gptq", "this method has no layer that is trained"),
+        (
+            "--tokenizer DIR --teacher-dtype int8",
+            "are for a teacher beside the student; leave them out, or give --teacher",
+        ),
+        ("--teacher DIR --kd-alpha 0 --teacher-sharded", "are for a teacher beside the student; leave them out"),
         ("--tokenizer DIR --max-passes 1", "give either --max-steps N, --max-minutes M or --max-passes P"),
     ],
 )
@@ -254,6 +282,38 @@ def test_bad_input_is_refused_in_words(words, message, llama_dir, text, tmp_path
     assert main(command.replace("DIR", llama_dir).split()) == 1
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_key_value_heads": 0}, "--num-key-value-heads is 0; at least 1 is needed"),
+        ({"num_key_value_heads": -2}, "--num-key-value-heads is -2"),
+        ({"max_position_embeddings": 0}, "--max-position-embeddings is 0"),
+        ({"rms_norm_eps": -1.0}, "--rms-norm-eps is -1.0; a small number is needed"),
+        ({"initializer_range": 0.0}, "--initializer-range is 0.0; above 0, where all signs would be one"),
+        ({"initializer_range": float("nan")}, "--initializer-range is nan"),
+        ({"hidden_size": 40}, "have no even part each"),
+    ],
+)
+def test_shapes_that_no_model_has_are_refused(values, message):
+    with pytest.raises(OptionError, match=message):
+        Shape(**values)
+
+
+def test_a_model_whose_decoder_is_a_part_of_it_may_lend_its_shape(text, tokenizer, tmp_path, capsys):
+    """Its vocabulary is that of its text."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": 64, "head_dim": 8, "num_key_value_heads": 2}
+    images = {"image_size": 28, "patch_size": 14, "vision_use_head": False}
+    config = Gemma3Config(text_config={**sizes, **words}, vision_config={**sizes, **images})
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert pretrain(text, tmp_path / "run", f"--model {tmp_path}/model --random", shape="", steps=1) in (0, 1)
+    err = capsys.readouterr().err
+    assert "a vocabulary of 64" in err and "Traceback" not in err, err
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(text, tokenizer, tmp_path, capsys):

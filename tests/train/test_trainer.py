@@ -388,7 +388,9 @@ def test_a_budget_of_minutes_ends_the_run_and_goes_on_where_it_was(tmp_path):
         return made.state.global_step
 
     def state(step):
-        return json.loads((tmp_path / f"checkpoint-{step}" / "signbit.json").read_text())
+        found = json.loads((tmp_path / f"checkpoint-{step}" / "signbit.json").read_text())
+        assert found.pop("files")["model.safetensors"] > 0
+        return found
 
     assert run() == 7 and state(7) == {"used_s": 60.0, "step": 7, "skipped": []}
     assert rates[0] == pytest.approx(0.01 * 1e-3) and max(rates.values()) <= 1e-3 and rates[6] < rates[3]
@@ -625,7 +627,7 @@ def test_flips_are_counted_layer_by_layer():
         ("--resume", "holds no run to go on with; leave --resume out to begin one"),
         ("--data NOWHERE.txt", "NOWHERE.txt"),
         ("--sequence-length 100000", "length"),
-        ("--method pbllm", "this method has no layer that is trained"),
+        ("--method pb-gptq", "this method has no layer that is trained"),
         ("--recipe none-such", "there is no recipe 'none-such'"),
         ("--max-minutes 1", "give either --max-steps N, --max-minutes M or --max-passes P"),
     ],
@@ -720,6 +722,24 @@ def test_a_teacher_that_cannot_be_divided_is_refused(llama_dir, text, tmp_path, 
     for other in ({"teacher_dtype": "int8"}, {"teacher_device": "cpu"}):
         with pytest.raises(OptionError, match="leave out --teacher-device and --teacher-dtype int8"):
             TrainOptions(max_steps=1, teacher_sharded=True, **other)
+
+
+def test_a_teacher_that_is_to_be_divided_is(llama_dir, text, tmp_path, monkeypatch):
+    """Its blocks, all of them, and none of the student's; the losses are the same either way (test_engines.py)."""
+    from accelerate import Accelerator
+
+    from signbit.models.structure import find_blocks
+    from signbit.train import trainer as module
+
+    divided = []
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(module, "divide_", divided.extend)
+    words = f"distill {llama_dir} -o {tmp_path}/run --data {text} --max-steps 1 --sequence-length 16 --batch-size 4"
+    blocks = list(find_blocks(trainer_of(f"{words} --teacher-sharded").teacher)[1])
+    assert len(divided) == 2 and all(one is other for one, other in zip(divided, blocks, strict=True))
+    divided.clear()
+    trainer_of(words.replace("/run", "/other"))
+    assert not divided
 
 
 def test_a_teachers_device_that_is_not_there_is_refused(llama_dir, text, tmp_path, capsys):

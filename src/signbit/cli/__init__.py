@@ -12,10 +12,12 @@ from signbit.cli.quantizing import QuantizeOptions, quantize
 from signbit.cli.running import ChatOptions, PromptOptions, chat, generate
 from signbit.cli.training import (
     DistillOptions,
+    FinetuneOptions,
     FlipsOptions,
     PackOptions,
     PretrainOptions,
     distill,
+    finetune,
     flips,
     pack,
     pretrain,
@@ -31,6 +33,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
     "import": (import_checkpoint, ImportOptions),
     "distill": (distill, DistillOptions),
+    "finetune": (finetune, FinetuneOptions),
     "pretrain": (pretrain, PretrainOptions),
     "pack": (pack, PackOptions),
     "flips": (flips, FlipsOptions),
@@ -82,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = {
             "quantize": "; the same command goes on at the last finished block",
             "distill": "; with --resume it goes on at the last checkpoint",
+            "finetune": "; with --resume it goes on at the last checkpoint",
             "pretrain": "; with --resume it goes on at the last checkpoint",
             "data": "; the same command goes on with what is written",
         }

@@ -194,7 +194,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     from signbit.evaluate.perplexity import check, perplexity
     from signbit.evaluate.size import measure_size
-    from signbit.hub.load import load_any, load_tokenizer
+    from signbit.hub.load import base_of, load_any, load_tokenizer
     from signbit.linear import PackedLinear, set_activations
 
     quiet()
@@ -207,8 +207,9 @@ def evaluate(argv: Sequence[str]) -> None:
     saved: dict[str, tuple[float, float]] = {}
     for model_name in (args.model, *args.against):
         model = load_any(model_name, args.run.dtype, args.run.device)
-        if Path(model_name).is_dir() and any(isinstance(module, PackedLinear) for module in model.modules()):
-            size = measure_size(model_name)
+        folder = base_of(model_name) or model_name  # beside whose packed layers an adapter stands
+        if Path(folder).is_dir() and any(isinstance(module, PackedLinear) for module in model.modules()):
+            size = measure_size(folder)
             saved[model_name] = size.linears_saved, size.file_saved
         tokenizer = load_tokenizer(model_name)
         if not set_activations(model, args.run.activations):

@@ -1,4 +1,4 @@
-"""`signbit distill`, `pretrain`, `pack`, `flips`: runs and what becomes of them."""
+"""`signbit distill`, `finetune`, `pretrain`, `pack`, `flips`: runs and what becomes of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from signbit.cli.output import Bars, note, quiet, table, write_json
 from signbit.cli.parsing import flag_of, option_value, parse
 from signbit.errors import OptionError
 from signbit.version import VERSION
+
+#: The objective of a run that has none.
+_NO_TEACHER = {"kd_alpha": 0.0, "kd_beta": 0.0, "kd_beta_last": None, "kd_gamma": 0.0}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class TrainingOptions:
     """List the recipes and exit."""
     resume: bool = False
     """Go on at the newest complete checkpoint in RUN."""
+    head: Literal["keep", "binary"] = "keep"
+    """Output head: in full precision, or binary as the blocks' layers are, no longer the embedding's matrix."""
     keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pattern of layer names to keep as they are; may be repeated."""
     rule: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -49,11 +54,35 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
-class DistillOptions(TrainingOptions):
+class StartOptions(TrainingOptions):
+    """What a student that goes on takes from where."""
+
+    source: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Model that a packed start was made of: latents get the magnitudes |w − shift| of its weights, not |scale|."""
+    masks: Annotated[str | None, tyro.conf.arg(metavar="PTQ_DIR")] = None
+    """Packed directory of the same model (of pbllm or pb-gptq), whose salient weights are taken; the rest is the model's."""
+
+
+@dataclass(frozen=True)
+class DistillOptions(StartOptions):
     """Train a 1-bit student of a model (the teacher): sign matrices by what the teacher answers."""
 
     teacher: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="TEACHER")] = None
     """Hugging Face model directory or hub id; the student starts from it."""
+    start: Annotated[str | None, tyro.conf.arg(metavar="MODEL|PTQ_DIR|RUN")] = None
+    """What the student starts from, if not TEACHER: another model, or a packed directory or a run, which goes on as it is."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(StartOptions):
+    """Train a 1-bit model by the next token, without a teacher: a model made binary, a run, or a packed directory."""
+
+    method: str = "pbllm"
+    """Method; that of a run or a packed directory is its own. Its options are listed below (see --method NAME --help)."""
+    start: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="MODEL|PTQ_DIR|RUN")] = None
+    """Model directory or hub id, packed directory, or run; stands first behind the verb."""
+    lora: bool = False
+    """Train adapters beside the layers of a packed directory (LoRA, through PEFT), which stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +107,7 @@ class PackOptions:
     """Write a run's newest checkpoint as a packed 1-bit directory."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Directory of a run of signbit distill or pretrain."""
+    """Directory of a run of signbit distill, finetune or pretrain."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="OUT")]
     """Directory to write."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -99,6 +128,60 @@ class FlipsOptions:
     """Also write every layer's counts and shares, line by line of the run's metrics, to this JSON file."""
 
 
+def _go_on(recipe: dict[str, Any], begun: str, source: str) -> Any:
+    """How the student is binary that goes on from `begun`, whose options become the recipe's; None for a plain model."""
+    from signbit.hub.distill import config_to_go_on
+
+    config = config_to_go_on(begun, source or None) if begun else None
+    if config is not None:
+        options = asdict(config.plan.options)
+        field, made_by = config.method.replace("-", "_"), recipe.get("method", config.method)
+        if made_by != config.method:
+            raise OptionError(
+                f"{begun} is of the method {config.method}, and the recipe's is {made_by}; leave one of both out"
+            )
+        recipe |= {"method": config.method, field: {**options, **recipe.get(field, {})}}
+    return config
+
+
+def _masked(recipe: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """The options that say how the salient weights were chosen that --masks names, which become the recipe's."""
+    from signbit.hub.distill import salient_options
+
+    masks = option_value(argv, "--masks", recipe.get("masks", ""))
+    options = salient_options(masks) if masks else {}
+    if masks:
+        recipe["pbllm"] = {**options, **recipe.get("pbllm", {})}
+    return options
+
+
+def _check_masked(args: Any, options: dict[str, Any]) -> None:
+    given = getattr(args, args.method.replace("-", "_"))
+    for key, value in options.items():
+        if getattr(given, key, value) != value:
+            raise OptionError(f"{key} is {value} in {args.masks}, whose masks are taken; leave out {flag_of(key)}")
+
+
+def _gone_on(args: Any, begun: str, config: Any) -> Any:
+    """`config` with what flags may change of it; raises OptionError for what they may not."""
+    from signbit.hub.distill import is_run
+
+    if args.method != config.method:
+        raise OptionError(f"{begun} is of the method {config.method}; leave out --method {args.method}")
+    if args.keep or args.rule or args.allow_partial or args.head not in ("keep", config.head):
+        raise OptionError(
+            f"which layers are binary, and how, is {begun}'s; leave out --head, --keep, --rule and --allow-partial"
+        )
+    options = getattr(args, args.method.replace("-", "_"))
+    free = () if is_run(begun) else options.TRAINING
+    for key, value in asdict(config.plan.options).items():
+        if getattr(options, key) != value and key not in free:
+            raise OptionError(f"{key} is {value} in {begun}, which goes on as it is; leave out {flag_of(key)}")
+    settings = config.settings()
+    del settings["options"]
+    return type(config)(**settings, **asdict(options))
+
+
 def _parse_training(
     verb: str, argv: Sequence[str], base: type[TrainingOptions], recipe: dict[str, Any], **parts: type
 ) -> Any:
@@ -117,16 +200,18 @@ def _parse_training(
         if option_value(argv, flag_of(key), ""):
             recipe.pop(key, None)
     name = option_value(argv, "--method", recipe.get("method", base.method))
-    if name != DENSE or base is DistillOptions:
-        parts = {name.replace("-", "_"): find_method(METHODS, name).options, **parts}
+    if "adapters" not in parts and (name != DENSE or base is not PretrainOptions):
+        field, options = name.replace("-", "_"), find_method(METHODS, name).options
+        parts = {field: options, **parts}
+        recipe[field] = {**options.training_defaults(), **recipe.get(field, {})}
     parts |= {"objective": Objective, "train": TrainOptions, "schedule": Schedule, "trained": Trained}
     known = {*parts, *(field.name for field in fields(base))}
     defaults = {key: value for key, value in recipe.items() if key in known}
     return parse(verb, argv, base, {**defaults, "method": name}, **parts)
 
 
-def _run_training(args: Any, teacher: str | None, tokenizer: str, **start: Any) -> None:
-    """Trains as `args` say a student that starts as `start` says."""
+def _run_training(args: Any, teacher: str | None, tokenizer: str, config: Any = None, **start: Any) -> None:
+    """Trains as `args` say a student that starts as `start` says, or goes on as `config` says."""
     from signbit.hub.config import SignbitConfig
     from signbit.hub.distill import Recipe, Start, train
     from signbit.methods.rules import parse_rule
@@ -135,18 +220,19 @@ def _run_training(args: Any, teacher: str | None, tokenizer: str, **start: Any) 
         raise OptionError("what is learnt from? give --data FILE (.txt, .jsonl, .parquet, .tokens), or a named set")
     quiet()
     options = getattr(args, args.method.replace("-", "_"), None)
-    config = None
-    if options is not None:
+    if config is None and options is not None:
         rules: dict[str, dict[str, Any]] = {}
         for text in args.rule:
             pattern, values = parse_rule(text, type(options))
             rules[pattern] = {**rules.pop(pattern, {}), **values}
-        config = SignbitConfig(args.method, "keep", args.keep, args.allow_partial, rules, **asdict(options))
-    elif args.keep or args.rule or args.allow_partial:
-        raise OptionError("--keep, --rule and --allow-partial are for binary layers, of which --method none has none")
+        config = SignbitConfig(args.method, args.head, args.keep, args.allow_partial, rules, **asdict(options))
+    elif options is None and (args.keep or args.rule or args.allow_partial or args.head != "keep"):
+        raise OptionError(
+            "--head, --keep, --rule and --allow-partial are for binary layers, of which --method none has none"
+        )
     recipe = Recipe(
         Start(**start), teacher, tokenizer, config, args.data, args.objective, args.train, args.schedule, args.trained,
-        args.teacher_logits,
+        args.teacher_logits, getattr(args, "adapters", None),
     )  # fmt: skip
     bars = Bars()
     try:
@@ -157,50 +243,117 @@ def _run_training(args: Any, teacher: str | None, tokenizer: str, **start: Any) 
         return  # another process says it
     pictures = "loss.png lies" if config is None else "loss.png and flips.png lie"
     print(f"{last} is the last checkpoint; metrics.jsonl, {pictures} beside it")
-    print(f"pack it: signbit pack {args.out} -o OUT")
+    if recipe.lora is None:
+        print(f"pack it: signbit pack {args.out} -o OUT")
+    else:
+        print(f"it is an adapter beside {args.start}: signbit generate {last} PROMPT")
 
 
-def _list_recipes(pretrained: bool) -> None:
+def _recipe(verb: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The recipe that is asked for, empty if none is; raises OptionError for another verb's."""
+    from signbit.train.recipe import read_recipe, verb_of
+
+    wanted = option_value(argv, "--recipe", "")
+    recipe = read_recipe(wanted) if wanted else {}
+    key, its = verb_of(recipe)
+    if verb == "finetune" and "teacher" in recipe:
+        key = "teacher"
+    if key is not None and its != verb:
+        raise OptionError(f"the recipe {wanted} has {key!r}, which signbit {its} takes and signbit {verb} does not")
+    return recipe
+
+
+def _list_recipes(verb: str) -> None:
     from signbit.train.recipe import recipe_names
 
-    for name, about in recipe_names(pretrained).items():
+    for name, about in recipe_names(verb).items():
         print(f"{name:28} {about}")
 
 
 def distill(argv: Sequence[str]) -> None:
     """`signbit distill`."""
-    from signbit.train.recipe import PRETRAINED, read_recipe
-
     if "--list" in argv:
-        _list_recipes(pretrained=False)
+        _list_recipes("distill")
         return
-    wanted = option_value(argv, "--recipe", "")
-    recipe = read_recipe(wanted) if wanted else {}
-    if foreign := [key for key in PRETRAINED if key in recipe]:
-        raise OptionError(
-            f"the recipe {wanted} has {foreign[0]!r}, which signbit pretrain takes and signbit distill does not"
-        )
+    recipe = _recipe("distill", argv)
+    config = _go_on(recipe, option_value(argv, "--start", recipe.get("start", "")), option_value(argv, "--source", ""))
+    masked = _masked(recipe, argv)
     args = _parse_training("distill", argv, DistillOptions, recipe)
     if args.teacher is None or args.out is None:
         raise OptionError("what and where to? signbit distill TEACHER -o RUN --data FILE --max-steps N")
-    _run_training(args, args.teacher, args.teacher, model=args.teacher)
+    if config is not None:
+        config = _gone_on(args, args.start, config)
+    _check_masked(args, masked)
+    _run_training(
+        args, args.teacher, args.teacher, config, model=args.start or args.teacher, goes_on=config is not None,
+        source=args.source, masks=args.masks,
+    )  # fmt: skip
+
+
+def finetune(argv: Sequence[str]) -> None:
+    """`signbit finetune`."""
+    if "--list" in argv:
+        _list_recipes("finetune")
+        return
+    recipe = _recipe("finetune", argv)
+    if "--lora" in argv:
+        _finetune_adapters(argv, recipe)
+        return
+    # What it goes on from decides which options there are, and so is looked for before they are parsed.
+    begun = argv[0] if argv and not argv[0].startswith("-") else recipe.get("start", "")
+    config = _go_on(recipe, begun, option_value(argv, "--source", ""))
+    recipe["objective"] = {**recipe.get("objective", {}), **_NO_TEACHER}
+    masked = _masked(recipe, argv)
+    args = _parse_training("finetune", argv, FinetuneOptions, recipe)
+    if args.start is None or args.out is None:
+        raise OptionError("what and where to? signbit finetune MODEL|PTQ_DIR|RUN -o RUN --data FILE --max-steps N")
+    if args.start != begun:
+        raise OptionError(f"{args.start} stands first behind the verb: signbit finetune {args.start} -o RUN ...")
+    if args.objective.needs_teacher or args.teacher_logits is not None:
+        raise OptionError(
+            "signbit finetune has no teacher; with one it is signbit distill TEACHER --start START -o RUN ..."
+        )
+    from signbit.hub.distill import is_run
+
+    if config is not None:
+        config = _gone_on(args, begun, config)
+    _check_masked(args, masked)
+    tokenizer = str(Path(begun) / "tokenizer") if is_run(begun) else begun
+    _run_training(
+        args, None, tokenizer, config, model=begun, goes_on=config is not None, source=args.source, masks=args.masks
+    )
+
+
+def _finetune_adapters(argv: Sequence[str], recipe: dict[str, Any]) -> None:
+    """`signbit finetune OUT --lora`."""
+    from signbit.train import Lora
+
+    recipe["objective"] = {**recipe.get("objective", {}), **_NO_TEACHER}
+    recipe["trained"] = {"train_norms": False, **recipe.get("trained", {})}
+    recipe["train"] = {"optim": "adamw_torch", "learning_rate": 2e-4, **recipe.get("train", {})}
+    args = _parse_training("finetune", argv, FinetuneOptions, recipe, adapters=Lora)
+    if args.start is None or args.out is None:
+        raise OptionError("what and where to? signbit finetune OUT --lora -o RUN --data FILE --max-steps N")
+    own = ("--method", "--head", "--keep", "--rule", "--allow-partial", "--source", "--masks")
+    if given := [flag for flag in own if flag in argv]:
+        raise OptionError(f"with --lora the packed layers of {args.start} stay as they are; leave out {given[0]}")
+    if args.objective.needs_teacher or args.teacher_logits is not None:
+        raise OptionError("signbit finetune has no teacher; adapters are trained by the next token")
+    _run_training(args, None, args.start, model=args.start, goes_on=True)
 
 
 def pretrain(argv: Sequence[str]) -> None:
     """`signbit pretrain`."""
     from signbit.models import Shape
-    from signbit.train.recipe import read_recipe
 
     if "--list" in argv:
-        _list_recipes(pretrained=True)
+        _list_recipes("pretrain")
         return
-    wanted = option_value(argv, "--recipe", "")
-    recipe = read_recipe(wanted) if wanted else {}
+    recipe = _recipe("pretrain", argv)
     recipe["trained"] = {"train_embeddings": True, **recipe.get("trained", {})}
     taught = option_value(argv, "--teacher", recipe.get("teacher", ""))
     if not taught:
-        no_teacher = {"kd_alpha": 0.0, "kd_beta": 0.0, "kd_beta_last": None, "kd_gamma": 0.0}
-        recipe["objective"] = {**recipe.get("objective", {}), **no_teacher}
+        recipe["objective"] = {**recipe.get("objective", {}), **_NO_TEACHER}
     args = _parse_training("pretrain", argv, PretrainOptions, recipe, shape=Shape)
     tokenizer = args.tokenizer or args.teacher or args.model
     if args.out is None:

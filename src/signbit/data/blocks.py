@@ -41,7 +41,8 @@ class SourceUse:
 class Blocks(Dataset[dict[str, Tensor]]):
     """`count` blocks of `length` tokens from one or several files, in an order that the seed fixes.
 
-    Item i is {"input_ids": int64 [length]}, the same whenever it is asked for, so that a resumed run goes on with the
+    Item i is {"input_ids": int64 [length]}, and "learnt": bool [length], which tokens are learnt from, if one of the files
+    says it; the same whenever it is asked for, so that a resumed run goes on with the
     data that it would have seen. The order is shuffled already: take the items one after another. Among the first i
     items, each text's share is its weight's to within one or two blocks (weights are relative; equal if not given). A
     text is walked through a permutation of its blocks, another one at each pass. Blocks lie end to end from the start
@@ -90,18 +91,34 @@ class Blocks(Dataset[dict[str, Tensor]]):
         self._weights = [int(share * whole) for share in shares]
         # Opened and computed in each process when they are needed. Of the orders, only a text's last one is kept.
         self._arrays: dict[int, np.ndarray] = {}
+        self._marks: dict[int, np.ndarray] = {}
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._parts: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped file would be pickled as an array of all its tokens.
-        return {**self.__dict__, "_arrays": {}, "_orders": {}, "_parts": {}}
+        return {**self.__dict__, "_arrays": {}, "_marks": {}, "_orders": {}, "_parts": {}}
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids(*self.locate(index))}
+        source, block = self.locate(index)
+        item = {"input_ids": self.ids(source, block)}
+        return {**item, "learnt": self._learnt(source, block)} if self.learnt else item
+
+    @property
+    def learnt(self) -> bool:
+        """Whether only some of the tokens are learnt from."""
+        return any(file.learnt for file in self.files)
+
+    def _learnt(self, source: int, block: int) -> Tensor:
+        if not self.files[source].learnt:
+            return torch.ones(self.length, dtype=torch.bool)
+        if source not in self._marks:
+            self._marks[source] = self.files[source].open_learnt()
+        begin = block * self._strides[source]
+        return torch.from_numpy(self._marks[source][begin : begin + self.length] != 0)
 
     def ids(self, source: int, block: int) -> Tensor:
         """Token ids int64 [length] of a block of a file."""

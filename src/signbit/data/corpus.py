@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from signbit.data.chat import Chat, chats_of, is_chat
 from signbit.data.sources import (
     JSON_LINES,
     SETS,
@@ -222,6 +223,8 @@ class Corpus:
     """Reads it; raises DataError if a file is damaged or not UTF-8, and if the hub cannot be read."""
     rows: Callable[[], Generator[Row, None, None]] | None = None
     """Reads it where its lines hold token ids and no text, which has no pieces; raises DataError likewise."""
+    chats: Callable[[], Generator[Chat, None, None]] | None = None
+    """Reads it where its lines hold conversations; raises DataError likewise."""
 
 
 def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
@@ -229,7 +232,8 @@ def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
 
     Documents are: of .txt files, what two or more empty lines divide; of .jsonl and .parquet files and of hub data
     sets, the rows; of the sets with a joiner (wikitext2, ptb), all of it. A .jsonl file whose first line has
-    `token_ids` and no text is tokenized already (the chunks of LLM360's AmberDatasets, which FBI-LLM learnt from).
+    `token_ids` and no text is tokenized already (the chunks of LLM360's AmberDatasets, which FBI-LLM learnt from); one
+    whose first line has `messages` holds conversations.
     `data_dir` is where named sets lie; without it they come from the hub. Raises DataError if the text is not to be
     had, and for a directory in which only some files are tokenized; that a hub data set has the split and the column is
     seen when it is read.
@@ -240,11 +244,13 @@ def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
     if name.startswith(_HUB):
         return _streamed(_hub_set(name))
     files = _files(name)
-    tokenized = [file for file in files if _is_tokenized(file)]
-    if 0 < len(tokenized) < len(files):
-        text = next(file for file in files if file not in tokenized)
-        raise DataError(f"{tokenized[0]} holds token_ids and {text} holds text; give them as two sources")
-    kind = "ids" if tokenized else "rows"
+    kinds = ["chats" if is_chat(file) else "ids" if _is_tokenized(file) else "rows" for file in files]
+    kind = kinds[0]
+    if len(set(kinds)) > 1:
+        other = next(i for i, its in enumerate(kinds) if its != kind)
+        (one, first), (two, second) = sorted([(kind, files[0]), (kinds[other], files[other])])
+        holds = {"ids": "token_ids", "chats": "messages", "rows": "text"}
+        raise DataError(f"{first} holds {holds[one]} and {second} holds {holds[two]}; give them as two sources")
     identity = [["lines" if file.name.endswith(_PLAIN) else kind, file_digest(file)] for file in files]
 
     sizes = [file.stat().st_size for file in files]
@@ -257,8 +263,10 @@ def find_corpus(source: Source, data_dir: str | Path | None = None) -> Corpus:
                     yield part._replace(read=before + raw.tell())
             before += size
 
-    rows = (lambda: read(_token_rows)) if tokenized else None
-    return Corpus(name, lambda: sum(sizes), identity, lambda: read(_file_pieces), rows)
+    return Corpus(
+        name, lambda: sum(sizes), identity, lambda: read(_file_pieces),
+        (lambda: read(_token_rows)) if kind == "ids" else None, (lambda: read(chats_of)) if kind == "chats" else None,
+    )  # fmt: skip
 
 
 def _is_tokenized(file: Path) -> bool:

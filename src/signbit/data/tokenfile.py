@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from signbit.data.chat import template_digest, tokens_of
 from signbit.data.corpus import TOKENS, Corpus, Piece, Source, find_corpus
 from signbit.errors import DataError
 
@@ -48,11 +49,22 @@ class TokenFile:
     row_tokens: int | None = None
     """Length of the rows that the tokens are, which do not run on into each other; None for running text."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """How a model wrote them (`self_generate`)."""
+    """How a model wrote them (`self_generate`), or how many conversations were cut and left out."""
+    learnt: bool = False
+    """Whether only some of the tokens are learnt from, which a file beside it says (`open_learnt`)."""
 
     def open(self) -> np.ndarray:
         """The ids [tokens], mapped from the disk, read-only."""
         return np.memmap(self.path, on_disk(self.dtype), mode="r", shape=(self.tokens,))
+
+    def open_learnt(self) -> np.ndarray:
+        """For each token 1 if it is learnt from, else 0, uint8 [tokens], mapped from the disk, read-only."""
+        return np.memmap(learnt_file(self.path), np.uint8, mode="r", shape=(self.tokens,))
+
+
+def learnt_file(path: Path) -> Path:
+    """Beside a file of tokens: which of them are learnt from."""
+    return path.with_name(f"{path.name}.learnt")
 
 
 def on_disk(dtype: str) -> np.dtype:
@@ -99,6 +111,7 @@ def token_file(
     folder: str | Path,
     data_dir: str | Path | None = None,
     progress: TokenProgress | None = None,
+    length: int | None = None,
 ) -> TokenFile:
     """The tokens of `source`, each document followed by the boundary id, in `folder`; made unless they are there.
 
@@ -108,8 +121,9 @@ def token_file(
     make other tokens there than the whole would. With a limit the file holds the first tokens of what it would without:
     the document in which the limit falls is cut there and has no boundary, and little more than that is read. A source
     that is a .tokens file is opened where it lies. Of one whose lines hold token ids (`find_corpus`) each line is a row,
-    to which no boundary is added; a limit takes whole rows. Several processes may call this at once: each writes its own file,
-    and the last rename wins with the same bytes.
+    to which no boundary is added; a limit takes whole rows. A conversation is a row of `length` tokens, cut there, or filled
+    up with boundaries; these and what the assistant did not say are not learnt from. Several processes may call this at
+    once: each writes its own file, and the last rename wins with the same bytes.
 
     Raises DataError if the text is missing, damaged, not UTF-8 or empty, if the hub cannot be read, if `folder` cannot be
     written, for a .tokens file of another tokenizer, and for rows of token ids that differ in length or are not in the
@@ -127,6 +141,13 @@ def token_file(
     boundary = boundary_id(tokenizer)
     limit, label = source.max_tokens, corpus.source
     key = [VERSION, corpus.identity, digest, boundary]
+    if corpus.chats is not None:
+        if length is None:
+            raise DataError(
+                f"{corpus.source} holds conversations (messages), which are learnt from without a teacher and without "
+                "--cuda-graph (signbit finetune); give text"
+            )
+        key += ["chats", length, template_digest(tokenizer)]
     if limit is not None:
         key.append(limit)
         label = f"{label} (limit of {limit:,} tokens)"
@@ -136,6 +157,10 @@ def token_file(
     if corpus.rows is not None:
         made = _copy_rows(corpus, vocabulary_size(tokenizer), limit, path, progress)
         made = replace(made, source=label, tokenizer=digest)
+        write_description(made)
+        return made
+    if corpus.chats is not None and length is not None:
+        made = replace(_write_chats(corpus, tokenizer, length, limit, path, progress), source=label, tokenizer=digest)
         write_description(made)
         return made
     dtype = id_type(vocabulary_size(tokenizer))
@@ -209,6 +234,38 @@ def _copy_rows(
     return TokenFile(path, corpus.source, documents, documents * length, dtype, None, "", row_tokens=length)
 
 
+def _write_chats(
+    corpus: Corpus, tokenizer: Any, length: int, limit: int | None, path: Path, progress: TokenProgress | None
+) -> TokenFile:
+    """The conversations of a corpus as rows of `length` tokens, and beside them which are learnt from."""
+    assert corpus.chats is not None
+    dtype, boundary = id_type(vocabulary_size(tokenizer)), boundary_id(tokenizer)
+    rows = cut = left_out = 0
+    with _partial(path) as stream, _partial(learnt_file(path)) as marks, closing(corpus.chats()) as chats:
+        for number, chat in enumerate(chats, start=1):
+            ids, learnt = tokens_of(tokenizer, chat)
+            cut += len(ids) > length
+            missing = max(length - len(ids), 0)
+            ids = ids[:length] + [boundary or 0] * missing
+            learnt = learnt[:length] + [False] * missing
+            if not any(learnt[1:]):
+                left_out += 1
+                continue
+            if limit is not None and (rows + 1) * length > limit:
+                break
+            stream.write(as_bytes(ids, dtype))
+            marks.write(as_bytes(learnt, "uint8"))
+            rows += 1
+            if progress is not None and number % _REPORTED_ROWS == 0:
+                progress(*((chat.read, corpus.size()) if limit is None else (rows * length, limit)))
+        if not rows:
+            raise DataError(
+                f"{corpus.source} holds no conversation in which the assistant says something in the first {length} tokens"
+            )
+    counts = {"conversations": rows, "cut": cut, "left_out": left_out}
+    return TokenFile(path, "", rows, rows * length, dtype, None, "", length, counts, learnt=True)
+
+
 def _batch(pieces: Iterator[Piece], characters: int) -> list[Piece]:
     """The next pieces, as few as have this many characters; fewer at the end of the text."""
     batch: list[Piece] = []
@@ -276,6 +333,8 @@ def read_token_file(path: str | Path) -> TokenFile:
         file = TokenFile(path, **values)
         expected = file.tokens * np.dtype(file.dtype).itemsize
         size = path.stat().st_size
+        if file.learnt and learnt_file(path).stat().st_size != file.tokens:
+            raise DataError(f"{learnt_file(path)} is not complete; make it and {path} anew")
     except OSError as error:
         raise DataError(
             f"{error.filename}: {error.strerror}; a file of tokens is written by signbit, with a .json beside it"

@@ -26,11 +26,11 @@ class SignbitConfig(QuantizationConfigMixin):
     """How to quantize a model while it loads: `from_pretrained(MODEL, quantization_config=SignbitConfig(...))`.
 
     `method` names one of `signbit.methods.METHODS`, `options` are that method's (group=64 …). `head="int8"` stores
-    the embedding and the output head in int8. `rules` maps patterns of layer names to options that differ there
-    ({"mlp.down_proj": {"salient": 0.3}}; the last match wins). `keep` are patterns of names that stay as they are,
-    `only` of those outside of which everything stays; blocks from `min_layer` up to (not including) `max_layer` are
-    binarized, `invert` turns that selection round; `allow_partial` accepts a result in which under 90 % of the blocks'
-    parameters are binarized.
+    the embedding and the output head in int8; "binary" makes the output head a binary layer, in training alone. `rules`
+    maps patterns of layer names to options that differ there ({"mlp.down_proj": {"salient": 0.3}}; the last match wins).
+    `keep` are patterns of names that stay as they are, `only` of those outside of which everything stays; blocks from
+    `min_layer` up to (not including) `max_layer` are binarized, `invert` turns that selection round; `allow_partial`
+    accepts a result in which under 90 % of the blocks' parameters are binarized.
 
     Raises OptionError for an unknown method or option, with the allowed ones.
     """
@@ -48,7 +48,7 @@ class SignbitConfig(QuantizationConfigMixin):
         invert: bool = False,
         **options: Any,
     ) -> None:
-        check_choice("head", head, ("keep", "int8"))
+        check_choice("head", head, ("keep", "int8", "binary"))
         self.quant_method: Any = QUANT_METHOD
         self.method = method
         self.head = head

@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from signbit import format as packed_format
 from signbit.errors import FormatError, OptionError, SignbitError
 
+#: What PEFT writes beside an adapter.
+_ADAPTER = "adapter_config.json"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -64,7 +66,8 @@ def _explained(model: str) -> Iterator[None]:
         raise _explain(model, error) from error
 
 
-def _is_packed(model: str) -> bool:
+def is_packed(model: str) -> bool:
+    """Whether `model` is a directory that signbit packed."""
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -102,15 +105,32 @@ def load(out: str | Path, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(out), **kwargs)
 
 
+def base_of(model: str) -> str | None:
+    """The model beside which the adapter in the directory `model` stands; None if `model` is none."""
+    try:
+        config = json.loads((Path(model) / _ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str):
+        raise FormatError(f"{model} holds an adapter that does not name its model; write base_model_name_or_path there")
+    return base
+
+
 def load_any(model: str, dtype: str = "auto", device: str = "cpu") -> Any:
     """A packed or a full-precision model in evaluation mode; dtype "auto" is float32 on a CPU, else as stored.
 
-    Raises FormatError, OptionError for what cannot be loaded, with the reason.
+    The directory of an adapter gives the model beside which it was trained, with it. Raises FormatError, OptionError for
+    what cannot be loaded, with the reason.
     """
     torch_dtype, device = _torch_dtype(dtype, device), torch_device(device)
+    if (base := base_of(model)) is not None:
+        from signbit.models.lora import load_adapter
+
+        return load_adapter(load_any(base, dtype, device), model)
     _check_directory(model)
     with _explained(model):
-        loaded = load(model, dtype=torch_dtype) if _is_packed(model) else _from_pretrained(model, dtype=torch_dtype)
+        loaded = load(model, dtype=torch_dtype) if is_packed(model) else _from_pretrained(model, dtype=torch_dtype)
     return loaded.to(device).eval()
 
 
@@ -182,7 +202,8 @@ def _source_config(model: str) -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer beside a model; raises FormatError if there is none."""
+    """The tokenizer beside a model, of an adapter its model's; raises FormatError if there is none."""
+    model = base_of(model) or model
     try:
         return AutoTokenizer.from_pretrained(model)
     except _LOADING_ERRORS as error:

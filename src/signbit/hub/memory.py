@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from signbit import ptq
-from signbit.errors import OptionError
+from signbit.errors import FormatError, OptionError, StructureError
 from signbit.evaluate.energy import Products, linears_of
 from signbit.hub.load import load_config
 from signbit.methods import METHODS
@@ -93,7 +94,7 @@ def subject(
         train["sequence_length"] = length
     model = model or found.get("model") or (None if "shape" in found else found.get("teacher"))
     if model is not None:
-        config = AutoConfig.from_pretrained(model) if Path(model).is_file() else load_config(model, packed=True)
+        config = _config_of(model)
         if vocabulary is not None:
             config.get_text_config().vocab_size = vocabulary
     else:
@@ -105,6 +106,17 @@ def subject(
         del config.quantization_config  # what is packed already is looked at as what it was
     trained = Trained(**found.get("trained", {"train_embeddings": True}))
     return Subject(config, name, options, TrainOptions(**train), trained, sequences)
+
+
+def _config_of(model: str) -> Any:
+    if not Path(model).is_file():
+        return load_config(model, packed=True)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            f"{model} is no config.json of a model ({str(error).splitlines()[0]}); give one, a directory or a hub id"
+        ) from error
 
 
 class _Signs(nn.Module):
@@ -311,7 +323,7 @@ def packed_bytes(subject: Subject) -> int:
 def _pack_one_bit(subject: Subject, device: str, measured: bool) -> Use:
     """The packed model: weights by `packed_bytes` or, where measured, of a model that is packed here."""
     if not measured:
-        with FakeTensorMode():
+        with _shapes_alone(subject.config.model_type):
             cache = _keys_and_values(_dense(subject, torch.bfloat16).eval(), subject, "cpu")
         return Use("packed", ONE_BIT, packed_bytes(subject), 0, 0, cache, False)
     model = _dense(subject, torch.float32)
@@ -333,10 +345,21 @@ def free_bytes(device: str) -> int:
 
 
 @contextmanager
-def _shapes_alone() -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        yield
+def _shapes_alone(what: str = "this model") -> Iterator[None]:
+    """Tensors have shapes and no content inside; raises StructureError where a step cannot go on with that."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what cannot go on is told below
+    try:
+        with FakeTensorMode():
+            yield
+    except RuntimeError as error:
+        raise StructureError(
+            f"what {what} computes depends on more than shapes (experts, images), so that its memory cannot be told "
+            f"beforehand: {str(error).splitlines()[0]}. Give a plain decoder of its size (--recipe, or a config.json)"
+        ) from error
+    finally:
+        log.setLevel(level)
 
 
 def memory(
@@ -361,14 +384,14 @@ def memory(
         return measure != "never" and 2 * use.total < free_bytes(device) and (measure == "always" or not slow)
 
     for form in _TRAINING:
-        with _shapes_alone():
+        with _shapes_alone(subject.config.model_type):
             use = _train(form, subject, "cpu", False)
         if measurable(use, work):
             note(f"measuring {form} in training")
             use = _train(form, subject, device, True)
         uses.append(use)
     for form in _PACKED:
-        with _shapes_alone():
+        with _shapes_alone(subject.config.model_type):
             use = _pack(form, subject, "cpu", False)
         if measurable(use, work / 3):
             note(f"measuring {form}")

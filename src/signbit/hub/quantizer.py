@@ -54,6 +54,10 @@ def quantize_(
     `windows` int64 [samples, T] is calibration text, for methods that need it (`signbit.draw_windows` makes some).
     Raises StructureError, OptionError or WeightError, the first two before anything is changed.
     """
+    if config.head == "binary":
+        raise OptionError(
+            "a binary output head is trained: signbit finetune or distill --head binary; use keep or int8"
+        )
     if config.head == "int8":
         ptq.plan_head(model)  # refuses before anything is changed
     report = ptq.quantize_(model, config.plan, windows, progress)
@@ -205,7 +209,8 @@ class SignbitHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        # By adapters beside the packed layers: transformers itself refuses to train a quantized model without any.
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -229,6 +234,10 @@ def _places(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: place for name, place in found.items() if place is not None}
 
 
+def _is_bare(model: Any) -> bool:
+    return model.get_output_embeddings() is None
+
+
 def _split_packed_experts(model: nn.Module, description: Description) -> None:
     """Takes apart the mixtures of which an expert is packed; those that were kept whole stay so."""
     packed = list(description.layers)
@@ -250,6 +259,8 @@ def _pack_skeleton(model: nn.Module, description: Description, headers: Mapping[
             lengths.setdefault(module, {})[last] = prod(header.shape)
     for name, spec in description.layers.items():
         place = places.get(name)
+        if place is None and description.settings.get("head") == "binary" and _is_bare(model):
+            continue  # AutoModel gives the decoder without its head.
         if place is None:
             raise FormatError(f"{type(model).__name__} has no layer {name}, which config.json says is packed")
         old = model.get_submodule(place)

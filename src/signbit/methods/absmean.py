@@ -8,14 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from signbit.linear import BinaryLinear
+from signbit.errors import OptionError
+from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.base import (
     MethodOptions,
     ScaleDtype,
     check_choice,
     check_group,
     check_whole,
+    computed_scale,
     group_count,
+    latent_of,
+    only_weight,
     store,
     straight_through,
 )
@@ -68,6 +72,17 @@ class AbsmeanLinear(BinaryLinear):
     def start(cls, weight: Tensor, bias: Tensor | None, options: MethodOptions) -> AbsmeanLinear:
         assert isinstance(options, AbsmeanOptions)
         return cls(weight.float(), bias, options.group)
+
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> AbsmeanLinear:
+        """Latents are sign·scale, whose mean magnitude is the scale again."""
+        assert isinstance(options, AbsmeanOptions)
+        computed_scale(weight)
+        w = only_weight(packed)
+        plain = w.shift is None and w.in_scale is None and w.in_shift is None and w.salient is None and w.planes == 1
+        if not plain or w.groups != group_count(options.group, w.in_features):
+            raise OptionError("the packed layer is not of signs and one scale a group, as absmean's is")
+        return cls(latent_of(w, w.to_dense().abs()), packed.bias, options.group)
 
     def _scale(self) -> Tensor:
         groups = group_count(self.group, self.weight.shape[1])

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from signbit import bits
 from signbit.errors import OptionError, WeightError
 from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.gptq import Moments
@@ -37,6 +38,14 @@ class MethodOptions(ABC):
 
     The docstring under each field is its help text on the command line.
     """
+
+    #: What only training looks at, so that a student that goes on from a packed directory may have it otherwise.
+    TRAINING: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def training_defaults(cls) -> dict[str, Any]:
+        """Defaults of a training run, where they differ from those of quantizing."""
+        return {}
 
     @property
     def packs(self) -> bool:
@@ -112,6 +121,12 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise OptionError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
+def check_eps(name: str, value: float) -> None:
+    """Raises OptionError unless `value` is fit for a norm's epsilon."""
+    if not 0 <= value < 1:
+        raise OptionError(f"{name} is {value}; a small number is needed, 0 or more")
+
+
 def check_whole(name: str, value: Any) -> None:
     """Raises OptionError unless `value` is a whole number."""
     if not isinstance(value, int) or isinstance(value, bool):
@@ -142,6 +157,34 @@ def straight_through(value: Tensor, through: Tensor) -> Tensor:
     What is added is exactly 0 where `through` is finite. No autograd.Function: torch.compile sees through this.
     """
     return value + (through - through.detach())
+
+
+#: Magnitude of a latent that would be 0 though its sign is −1: sign(0) is +1.
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def only_weight(packed: PackedLinear, norm_in: str = "none", act_bits: int = 0, norm_out: str = "none") -> BinaryWeight:
+    """The one weight of a packed layer; raises OptionError unless the layer adds to it just what is named."""
+    if (packed.norm_in, packed.act_bits, packed.norm_out) != (norm_in, act_bits, norm_out) or len(packed.weights) > 1:
+        raise OptionError(
+            f"the packed layer has norms {packed.norm_in} and {packed.norm_out}, {packed.act_bits or 'no'} bits of activations "
+            f"and {len(packed.weights)} weights; this method's have {norm_in} and {norm_out}, {act_bits or 'none'} and 1"
+        )
+    return packed.weights[0]
+
+
+def latent_of(weight: BinaryWeight, size: Tensor) -> Tensor:
+    """Latents with the signs of the first plane of `weight` and the magnitudes `size`, float [N, K]."""
+    positive = bits.unpack_bits(weight.signs[0], weight.in_features) > 0
+    return torch.where(positive, size, -size.clamp_min(_TINY))
+
+
+def computed_scale(weight: Tensor | None) -> None:
+    """Raises OptionError if a layer whose scale is computed of its latents is given a `weight` to take magnitudes from."""
+    if weight is not None:
+        raise OptionError(
+            "this method's scales are computed of its latents, which another model's would change; leave out --source"
+        )
 
 
 def store(values: Tensor, dtype: str, shift: bool = False) -> Tensor:

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from signbit.errors import OptionError
 from signbit.linear import BinaryLinear, PackedLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_whole, store, straight_through
+from signbit.methods.base import (
+    MethodOptions,
+    ScaleDtype,
+    check_choice,
+    check_eps,
+    check_whole,
+    computed_scale,
+    latent_of,
+    only_weight,
+    store,
+    straight_through,
+)
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -53,6 +64,7 @@ class BitnetOptions(MethodOptions):
         check_choice("act_bits", self.act_bits, (8, 0))
         check_choice("ste", self.ste, ("weight", "sign"))
         check_choice("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
+        check_eps("norm_eps", self.norm_eps)
         check_whole("groups", self.groups)
         if self.groups < 1:
             raise OptionError(f"groups is {self.groups}; at least 1 is needed")
@@ -132,6 +144,22 @@ class BitnetLinear(BinaryLinear):
         assert isinstance(options, BitnetOptions)
         options.check_rows(weight.shape[0])
         return cls(weight.float(), bias, options)
+
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> BitnetLinear:
+        """Latents are β·S/mean |S| over each group, S of ±1 or ternary: their mean magnitude is β and their signs are S."""
+        assert isinstance(options, BitnetOptions)
+        computed_scale(weight)
+        w = only_weight(packed, options.norm, options.act_bits)
+        planes = 1 if options.weights == "binary" else 2
+        if w.planes != planes or any(part is not None for part in (w.shift, w.in_scale, w.in_shift, w.salient)):
+            raise OptionError(f"the packed layer is not of {options.weights} weights and their scale, as bitnet's is")
+        dense = w.to_dense()
+        parts = dense.reshape(options.groups, -1).abs()
+        grown = parts.amax(dim=1) / parts.mean(dim=1).clamp_min(_TINY)
+        rows = grown.repeat_interleave(len(dense) // options.groups)
+        latent = dense * rows[:, None]
+        return cls(latent if planes == 2 else latent_of(w, latent.abs()), packed.bias, options)
 
     def effective_weight(self) -> Tensor:
         """W̃ float [N, K], in the dtype of the latents."""

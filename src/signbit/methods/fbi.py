@@ -9,8 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from signbit.linear import BinaryLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, store, straight_through
+from signbit.errors import OptionError
+from signbit.linear import BinaryLinear, PackedLinear
+from signbit.methods.base import (
+    MethodOptions,
+    ScaleDtype,
+    check_choice,
+    latent_of,
+    only_weight,
+    store,
+    straight_through,
+)
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -75,6 +84,25 @@ class FbiLinear(BinaryLinear):
     def start(cls, weight: Tensor, bias: Tensor | None, options: MethodOptions) -> FbiLinear:
         assert isinstance(options, FbiOptions)
         return cls(weight.float(), *options.start(weight), bias, options)
+
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> FbiLinear:
+        """Signs, α and β are the packed layer's; latents have the magnitudes of `weight`, or |α|."""
+        assert isinstance(options, FbiOptions)
+        w = only_weight(packed)
+        by_column = options.pattern == "column"
+        found = w.in_scale is not None and w.in_shift is not None if by_column else w.shift is not None
+        if not found or w.planes != 1 or w.groups != 1 or w.salient is not None:
+            raise OptionError(f"the packed layer has not one scale and one shift a {options.pattern}, as fbi's has")
+        if by_column:
+            assert w.in_scale is not None and w.in_shift is not None
+            scale, shift = w.scale[0].float() * w.in_scale.float(), w.in_shift.float()[None]
+        else:
+            assert w.shift is not None
+            rows = slice(None) if options.pattern == "row" else slice(1)
+            scale, shift = w.scale[0].float(), w.shift.float()[rows]
+        size = scale.expand(w.out_features, w.in_features) if weight is None else weight.float()
+        return cls(latent_of(w, size.abs()), scale, shift, packed.bias, options)
 
     def effective_weight(self) -> Tensor:
         """W̃ float [N, K], in the dtype of the latents."""

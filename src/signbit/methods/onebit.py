@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from signbit.errors import OptionError
 from signbit.linear import BinaryLinear, PackedLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_whole, store, straight_through
+from signbit.methods.base import (
+    MethodOptions,
+    ScaleDtype,
+    check_choice,
+    check_eps,
+    check_whole,
+    latent_of,
+    only_weight,
+    store,
+    straight_through,
+)
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -50,6 +60,8 @@ class OnebitOptions(MethodOptions):
     scale_dtype: ScaleDtype = "float16"
     """Dtype in which the vectors are stored when a model is quantized without training."""
 
+    TRAINING: ClassVar[tuple[str, ...]] = ("latent", "latent_size", "ste")
+
     def __post_init__(self) -> None:
         for name, allowed in (
             ("solver", ("power", "nmf")),
@@ -61,6 +73,7 @@ class OnebitOptions(MethodOptions):
             ("scale_dtype", ("float16", "bfloat16", "float32")),
         ):
             check_choice(name, getattr(self, name), allowed)
+        check_eps("norm_eps", self.norm_eps)
         check_whole("rank", self.rank)
         if self.rank < 1:
             raise OptionError(f"rank is {self.rank}; at least one pair of vectors is needed")
@@ -191,6 +204,23 @@ class OnebitLinear(BinaryLinear):
         rows, columns = weight.shape
         h, g = (weight.new_empty(options.rank, size, dtype=torch.float32) for size in (rows, columns))
         return cls(weight.float(), h, g, bias, options)
+
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> OnebitLinear:
+        """Signs and vectors are the packed layer's; latents have the magnitudes of `weight` or W̃, their mean `latent_size`."""
+        assert isinstance(options, OnebitOptions)
+        w = only_weight(packed, norm_out=options.norm)
+        plain = w.shift is None and w.in_shift is None and w.salient is None and w.groups == 1 and w.signs.shape[0] == 1
+        if not plain or w.planes != options.rank or (w.in_scale is None) != (options.vectors == "rows"):
+            raise OptionError(
+                f"the packed layer is not of one sign matrix and {options.rank} pairs of vectors, as onebit's is"
+            )
+        size = (packed.to_dense() if weight is None else weight.float()).abs()
+        size = torch.ones_like(size) if options.latent == "signs" else size
+        size = size * (options.latent_size / size.mean().clamp_min(torch.finfo(torch.float32).tiny))
+        h = w.scale[:, :, 0].float().expand(-1, w.out_features)
+        g = h.new_ones(1, w.in_features) if w.in_scale is None else w.in_scale.float()
+        return cls(latent_of(w, size), h, g.expand(w.planes, -1), packed.bias, options)
 
     def train_parts_(self) -> None:
         self.requires_grad_(True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from signbit.errors import OptionError
+from signbit.linear import BinaryLinear, PackedLinear
 from signbit.methods.base import (
     MethodOptions,
     Needs,
@@ -17,13 +20,18 @@ from signbit.methods.base import (
     check_group,
     check_whole,
     group_count,
+    latent_of,
+    only_weight,
     store,
+    straight_through,
 )
 from signbit.methods.gptq import Factor, Grid, Moments, descend, matched_to_dense, sweep
 from signbit.weight import BinaryWeight, Salient
 
 Low = Literal["xnor", "sign", "prune", "2bit", "3bit", "4bit", "no"]
-Saliency = Literal["hessian", "hessian-diagonal", "hessian-paper", "magnitude"]
+Saliency = Literal["hessian", "hessian-diagonal", "hessian-paper", "magnitude", "quantiles"]
+#: What the weights alone tell.
+_OF_WEIGHTS = ("magnitude", "quantiles")
 _LOW_BITS = {"2bit": 2, "3bit": 3, "4bit": 4}
 
 
@@ -44,7 +52,7 @@ class PbllmOptions(MethodOptions):
     saliency: Saliency = "hessian-diagonal"
     """What makes a weight salient: hessian-diagonal is w²/[H⁻¹]ⱼⱼ, the error that binarizing it to 0 costs once the others
     make up for it; hessian w²/Uⱼⱼ², U the Cholesky factor of H⁻¹ (the published code); hessian-paper w²/[H⁻¹]ⱼⱼ²;
-    magnitude |w| (needs no calibration)."""
+    magnitude |w|, and quantiles, as many of the least as of the largest w (the published training), need no calibration."""
     low: Low = "xnor"
     """Quantizer of the rest: xnor (mean ± scale), sign ({0, s}), prune (0), 2bit, 3bit (8 levels, published as
     "4bit"), 4bit (16 levels), or no (unchanged: the layer stays dense, which needs --allow-partial)."""
@@ -70,6 +78,19 @@ class PbllmOptions(MethodOptions):
     """Measure a layer's inputs behind the quantized layers of its own block, instead of all of a block at once."""
     scale_dtype: ScaleDtype = "float16"
     """Dtype in which scales and shifts are stored."""
+    scale: Literal["row", "matrix", "learned"] = "row"
+    """Scale of the binarized weights in training: mean |w| over each row's, or group's (the paper's optimal scale), over
+    all (the published code), or learned, with a shift, from their start. A packed start with shifts is learned on."""
+
+    latent_size: float = 0.02
+    """Mean magnitude that a layer's latents are brought to where the scale is learned, so that one learning rate suits
+    models whose weights differ in size (with row and matrix their size is the scale); 0: as they are."""
+
+    TRAINING: ClassVar[tuple[str, ...]] = ("scale", "latent_size")
+
+    @classmethod
+    def training_defaults(cls) -> dict[str, Any]:
+        return {"saliency": "magnitude", "gptq": False, "refine": 0}
 
     def __post_init__(self) -> None:
         for name in ("salient_bits", "group", "block", "refine"):
@@ -80,13 +101,16 @@ class PbllmOptions(MethodOptions):
             raise OptionError(f"salient_bits is {self.salient_bits}; 1 to 8 are allowed")
         if self.block < 1 or self.refine < 0:
             raise OptionError(f"block is {self.block} and refine {self.refine}; at least 1 and 0 are needed")
+        if not 0 <= self.latent_size < math.inf:
+            raise OptionError(f"latent_size is {self.latent_size}; a magnitude such as 0.02 is needed, or 0")
         if not 0 < self.damping < 100:
             raise OptionError(f"damping is {self.damping}; a share of the mean diagonal such as 0.01 is needed")
-        check_choice("saliency", self.saliency, ("hessian", "hessian-diagonal", "hessian-paper", "magnitude"))
+        check_choice("saliency", self.saliency, ("hessian", "hessian-diagonal", "hessian-paper", *_OF_WEIGHTS))
         check_choice("low", self.low, ("xnor", "sign", "prune", *_LOW_BITS, "no"))
         check_choice("scale_over", self.scale_over, ("binarized", "all"))
         check_choice("match", self.match, ("dense", "prefix"))
         check_choice("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
+        check_choice("scale", self.scale, ("row", "matrix", "learned"))
 
     @property
     def packs(self) -> bool:
@@ -94,7 +118,7 @@ class PbllmOptions(MethodOptions):
 
     @property
     def needs(self) -> Needs:
-        moments = self.gptq or self.saliency != "magnitude"
+        moments = self.gptq or self.saliency not in _OF_WEIGHTS
         return Needs(moments, cross=self.gptq and self.match == "dense", sequential=moments and self.sequential)
 
     def rounded(self) -> PbllmOptions:
@@ -135,6 +159,9 @@ class PbllmOptions(MethodOptions):
 
     def _salient(self, w: Tensor, factor: Factor | None) -> Tensor:
         """True for the weights that keep `salient_bits` bits, bool [N, K]."""
+        groups = group_count(self.group, w.shape[1])
+        if self.saliency == "quantiles":
+            return two_sided_mask(w, self.salient, groups)
         if self.saliency == "magnitude" or factor is None:
             scores = w.abs()
         elif self.saliency == "hessian":
@@ -143,7 +170,21 @@ class PbllmOptions(MethodOptions):
             scores = w.square() / factor.inverse_diagonal
         else:
             scores = (w / factor.inverse_diagonal).square()
-        return salient_mask(scores, self.salient, group_count(self.group, w.shape[1]))
+        return salient_mask(scores, self.salient, groups)
+
+    def salient_of(self, weight: Tensor) -> Tensor:
+        """The salient weights of `weight` float [N, K] as itself tells, bool [N, K]; raises OptionError if it cannot."""
+        if self.saliency not in _OF_WEIGHTS:
+            raise OptionError(
+                f"saliency {self.saliency} needs calibration, which training has not: give --masks PTQ_DIR, a directory of "
+                "signbit quantize whose salient weights are taken, or start from it, or --saliency magnitude|quantiles"
+            )
+        return self._salient(weight.float(), None)
+
+    def sized(self, latent: Tensor, salient: Tensor) -> Tensor:
+        """`latent` [N, K] times what makes `latent_size` of the mean magnitude of those that are not `salient`."""
+        mean = latent.abs()[~salient].mean()
+        return latent * (self.latent_size / mean) if self.latent_size and mean > 0 else latent
 
 
 @dataclass(frozen=True)
@@ -311,6 +352,26 @@ def salient_mask(scores: Tensor, share: float, groups: int) -> Tensor:
     return mask.reshape(scores.shape)
 
 
+def two_sided_mask(weight: Tensor, share: float, groups: int) -> Tensor:
+    """True for the floor(n·share/2) least and as many largest of a block's n entries, by their signed values.
+
+    A block is all rows × one group of columns. Source: PB-LLM (arXiv 2310.00034), its code's quant/outlier_quantizer.py.
+    `weight` is float [N, K], the result bool [N, K]. Differs from the published code: both ends have as many entries, and
+    a share that rounds to none takes none, where that fails.
+    """
+    if share in (0, 1):
+        return torch.full_like(weight, bool(share), dtype=torch.bool)
+    blocks = weight.reshape(weight.shape[0], groups, -1)
+    mask = torch.zeros_like(blocks, dtype=torch.bool)
+    for group in range(groups):
+        block = blocks[:, group]
+        count = int(block.numel() * share / 2)
+        if count:
+            low, high = (block.flatten().kthvalue(rank).values for rank in (count + 1, block.numel() - count))
+            mask[:, group] = (block < low) | (block > high)
+    return mask.reshape(weight.shape)
+
+
 def row_codes(w: Tensor, code_bits: int, dtype: str) -> tuple[Tensor, Tensor]:
     """Step and zero point [N, 1] of asymmetric min/max codes of each row, its range including 0: w ≈ step·(code − zero).
 
@@ -321,3 +382,176 @@ def row_codes(w: Tensor, code_bits: int, dtype: str) -> tuple[Tensor, Tensor]:
     stored = store((high - low) / top, dtype).float()
     step = torch.where(stored == 0, 1.0, stored)
     return step, (-low / step).round().clamp(0, top)
+
+
+class PbllmLinear(BinaryLinear):
+    """y = x · W̃ᵀ + bias; W̃ᵢⱼ is stepᵢ·(code − zeroᵢ) where it is salient, which nothing changes, else s·sign(Wᵢⱼ) + μ.
+
+    s is mean |W| over the binarized weights of a row's group or of the matrix, a constant to autograd, and μ is 0; or both
+    are parameters (`scale` learned). With G = dL/dW̃: dW = s ∘ G where binarized, 0 where salient; ds = Σ G ∘ sign(W) and
+    dμ = Σ G over the binarized weights of a group. Source: PB-LLM (arXiv 2310.00034), section 3.4, and its code's
+    quant/outlier_quantizer.py. `weight` float [N, K]; `salient` bool and `codes` uint8 [N, K], `step` float32 and `zero`
+    uint8 [N]; `scale` and `shift` float [N, G], None unless learned; x float [..., K], y float [..., N].
+    Differs from the published code: salient codes flip no sign (its 8-bit function wraps negative numbers round), only
+    they are rounded and not the latents too, and a scale is that of the latents in evaluation as well.
+    """
+
+    salient: Tensor
+    codes: Tensor
+    step: Tensor
+    zero: Tensor
+    scale: nn.Parameter | None
+    shift: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: PbllmOptions,
+        salient: Tensor,
+        codes: Tensor,
+        step: Tensor,
+        zero: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_parameter("scale", None if scale is None else nn.Parameter(scale.detach().clone()))
+        self.register_parameter("shift", None if shift is None else nn.Parameter(shift.detach().clone()))
+        for name, part in (("salient", salient), ("codes", codes), ("step", step), ("zero", zero)):
+            self.register_buffer(name, part)
+        self.groups = group_count(options.group, weight.shape[1])
+        self.options = options
+
+    @classmethod
+    def start(cls, weight: Tensor, bias: Tensor | None, options: MethodOptions) -> PbllmLinear:
+        assert isinstance(options, PbllmOptions)
+        options.check(weight.shape[1])
+        return cls.with_salient(weight, bias, options.salient_of(weight), options)
+
+    @classmethod
+    def with_salient(cls, weight: Tensor, bias: Tensor | None, salient: Tensor, options: MethodOptions) -> PbllmLinear:
+        assert isinstance(options, PbllmOptions)
+        if options.low != "xnor":
+            raise OptionError(
+                f"low {options.low} is not trained; the weights that are not salient are binary: --low xnor"
+            )
+        options.check(weight.shape[1])
+        w = weight.detach().float()
+        step, zero = row_codes(w, options.salient_bits, options.scale_dtype)
+        codes = ((w / step).round() + zero).clamp(0, 2**options.salient_bits - 1)
+        codes = torch.where(salient, codes, 0.0).to(torch.uint8)
+        parts = (salient, codes, step[:, 0], zero[:, 0].to(torch.uint8))
+        if options.scale != "learned":
+            return cls(w, bias, options, *parts)
+        grouped = w.reshape(w.shape[0], group_count(options.group, w.shape[1]), -1)
+        inside = (~salient).reshape(grouped.shape).float()
+        count = inside.sum(dim=-1).clamp_min(1)
+        shift = (grouped * inside).sum(dim=-1) / count
+        centred = grouped - shift[:, :, None]
+        scale = (centred.abs() * inside).sum(dim=-1) / count
+        return cls(options.sized(centred.reshape(w.shape), salient), bias, options, *parts, scale, shift)
+
+    @classmethod
+    def blank(cls, weight: Tensor, bias: Tensor | None, options: MethodOptions) -> PbllmLinear:
+        """As many salient weights as there will be, spread over each row; no number is looked at."""
+        assert isinstance(options, PbllmOptions)
+        rows, columns = weight.shape
+        places = (torch.arange(columns + 1, device=weight.device) * options.salient).floor()
+        salient = (places.diff() > 0).expand(rows, columns).clone()
+        codes = torch.zeros_like(salient, dtype=torch.uint8)
+        step = weight.new_ones(rows, dtype=torch.float32)
+        sizes = (rows, group_count(options.group, columns))
+        learned = [weight.new_ones(sizes, dtype=torch.float32) for _ in range(2)] if options.scale == "learned" else []
+        return cls(
+            weight.float(), bias, options, salient, codes, step, torch.zeros_like(step, dtype=torch.uint8), *learned
+        )
+
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> PbllmLinear:
+        """Salient weights, codes, signs, scales and shifts are the packed layer's; a latent is c·sign·|w − shift|.
+
+        Without `weight` it is c·sign·|scale|; c makes their mean magnitude `latent_size`. With `scale` row or matrix c is 1,
+        and the packed layer must have no shift and `weight` must be None: the scale is then computed of latents that all
+        have its size.
+        """
+        assert isinstance(options, PbllmOptions)
+        w = only_weight(packed)
+        rows, columns, groups = w.out_features, w.in_features, group_count(options.group, w.in_features)
+        if w.planes != 1 or w.in_scale is not None or w.in_shift is not None:
+            raise OptionError(
+                "the packed layer is not of salient weights and signs with one scale; pbllm cannot hold it"
+            )
+        if w.groups != groups:
+            raise OptionError(
+                f"the packed layer has {w.groups} groups a row and --group {options.group} gives {groups}"
+            )
+        if w.shift is None and not bool(w.scale.any()):
+            raise OptionError(
+                "the weights of the packed layer that are not salient are 0 (low prune); there are no signs"
+            )
+        learned = options.scale == "learned"
+        if not learned and (w.shift is not None or weight is not None):
+            raise OptionError(
+                "a packed layer with shifts, or one whose latents take another model's magnitudes, goes on with a scale "
+                "that is learned: --scale learned"
+            )
+        scale = w.scale[0].float().expand(rows, groups)
+        shift = torch.zeros_like(scale) if w.shift is None else w.shift.float()
+        wide = columns // groups
+        size = scale.abs().repeat_interleave(wide, dim=1)
+        if weight is not None:
+            size = (weight.float() - shift.repeat_interleave(wide, dim=1)).abs()
+        if w.salient is None:
+            codes = torch.zeros(rows, columns, dtype=torch.uint8, device=w.signs.device)
+            salient = codes.bool()
+            step, zero = torch.ones_like(scale[:, 0]), torch.zeros_like(codes[:, 0])
+        else:
+            if w.salient.bits != options.salient_bits:
+                raise OptionError(
+                    f"the packed layer has salient codes of {w.salient.bits} bits, and --salient-bits is "
+                    f"{options.salient_bits}; leave it out"
+                )
+            salient, codes = w.salient.unpack(rows, columns)
+            step, zero = w.salient.scale.float(), w.salient.zero.clone()
+        if learned:
+            size = options.sized(size, salient)
+        return cls(
+            latent_of(w, size), packed.bias, options, salient, codes, step, zero, *((scale, shift) if learned else ())
+        )
+
+    def _scale(self) -> Tensor:
+        """s [N or 1, G]."""
+        if self.scale is not None:
+            return self.scale
+        binarized = ~self.salient.reshape(self.weight.shape[0], self.groups, -1)
+        sizes = torch.where(binarized, self.weight.detach().abs().reshape(binarized.shape), 0.0)
+        over = (2,) if self.options.scale == "row" else (0, 2)
+        scale = sizes.sum(dim=over) / binarized.sum(dim=over).clamp_min(1)
+        return scale if scale.ndim == 2 else scale[None]
+
+    def effective_weight(self) -> Tensor:
+        """W̃ float [N, K], in the dtype of the latents."""
+        rows, columns = self.weight.shape
+        signs = torch.where(self.weight >= 0, 1.0, -1.0).to(self.weight.dtype)
+        through = straight_through(signs, self.weight).reshape(rows, self.groups, -1)
+        binary = through * self._scale()[:, :, None]
+        if self.shift is not None:
+            binary = binary + self.shift[:, :, None]
+        integers = self.codes.to(self.weight.dtype) - self.zero.to(self.weight.dtype)[:, None]
+        return torch.where(self.salient, self.step[:, None] * integers, binary.reshape(rows, columns))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.effective_weight(), self.bias)
+
+    @torch.no_grad()
+    def binary(self) -> BinaryWeight:
+        salient = None
+        if bool(self.salient.any()):
+            salient = Salient.from_mask(
+                self.salient, self.codes, self.step.clone(), self.zero, self.options.salient_bits
+            )
+        shift = None if self.shift is None else self.shift.detach().clone()
+        return BinaryWeight.from_signs(self.weight, self._scale().detach().clone()[None], shift=shift, salient=salient)

@@ -34,9 +34,19 @@ class Shape:
     """Standard deviation of the normal distribution that matrices and embedding are drawn from."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 is needed")
+        for name in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "max_position_embeddings",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+        if not 0 <= self.rms_norm_eps < 1:
+            raise OptionError(f"--rms-norm-eps is {self.rms_norm_eps}; a small number is needed, 0 or more")
+        if not 0 < self.initializer_range <= 1:
+            raise OptionError(
+                f"--initializer-range is {self.initializer_range}; above 0, where all signs would be one, and at most 1"
+            )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise OptionError(
                 f"--hidden-size is {self.hidden_size}, of which {self.num_attention_heads} heads have no even part each; "

@@ -17,6 +17,8 @@ from signbit.train.objectives import (
 )
 from signbit.train.outputs import States, head_of
 from signbit.train.students import (
+    Before,
+    Lora,
     Packed,
     Trained,
     binary_layers,
@@ -24,18 +26,22 @@ from signbit.train.students import (
     matrices,
     pack_training_,
     start_dense_,
+    start_lora_,
     start_training_,
+    train_parts_,
 )
 from signbit.train.trainer import DistillTrainer, TrainOptions
 
 __all__ = [
     "METRICS",
     "RUN",
+    "Before",
     "Budget",
     "DistillTrainer",
     "FlipHistory",
     "Flips",
     "Head",
+    "Lora",
     "Muon",
     "Objective",
     "Packed",
@@ -61,6 +67,8 @@ __all__ = [
     "read_metrics",
     "soft_cross_entropy",
     "start_dense_",
+    "start_lora_",
     "start_training_",
     "top_kl_divergence",
+    "train_parts_",
 ]

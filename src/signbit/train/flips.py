@@ -1,8 +1,7 @@
-"""How many signs change: counted at each step of a run, and read from what it wrote."""
+"""How many signs of latents change: counted at each step of a run, and read from what it wrote."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from signbit.errors import TrainingError
 from signbit.models import kind_of
-from signbit.train.checkpoints import METRICS, RUN, read_metrics
+from signbit.train.checkpoints import METRICS, RUN, read_json, read_metrics
 from signbit.train.divided import is_divided, local
 from signbit.train.students import binary_layers
 
@@ -167,7 +166,8 @@ def read_flips(run: str | Path) -> FlipHistory:
     run = Path(run)
     if not (run / RUN).is_file():
         raise TrainingError(f"{run} holds no run; give the directory that a training was told to write (-o RUN)")
-    lines = [line for line in read_metrics(run / METRICS) if "loss" in line]
+    written = (run / METRICS).is_file()
+    lines = [line for line in read_metrics(run / METRICS) if "loss" in line] if written else []
     if not lines:
         raise TrainingError(f"{run / METRICS} has no line yet; wait for --log-every steps")
     if not all(line.get("flips_by_layer") for line in lines):
@@ -177,7 +177,7 @@ def read_flips(run: str | Path) -> FlipHistory:
             f"{run / METRICS} is of an earlier signbit, which saw only what differed between two lines; train anew"
         )
     names = list(lines[0]["flips_by_layer"])
-    decisions = json.loads((run / RUN).read_text(encoding="utf-8"))["report"]["decisions"]
+    decisions = read_json(run / RUN)["report"]["decisions"]
     weights = {decision["name"]: decision["weights"] for decision in decisions}
     return FlipHistory(
         [line["step"] for line in lines],

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from signbit.errors import TrainingError
-from signbit.train.checkpoints import METRICS, STATE, last_checkpoint, read_metrics, write_whole
+from signbit.train.checkpoints import METRICS, STATE, last_checkpoint, read_json, read_metrics, write_whole
 from signbit.train.spikes import Spike, chunk_at, usual_loss
 from signbit.train.students import latents
 
@@ -60,7 +60,7 @@ class Metrics(TrainerCallback):
         if last is None:
             print(f"WARNING: {told}, and there is no checkpoint to go back to", file=sys.stderr)
             return False
-        begin = json.loads((last / STATE).read_text())["step"]
+        begin = read_json(last / STATE)["step"]
         chunk = chunk_at(begin // trainer.options.save_every, trainer.skipped)
         self.spike = Spike(step, loss, usual, chunk)
         control.should_training_stop, control.should_save, control.should_evaluate = True, False, False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from signbit.errors import StructureError
+from signbit.linear import BinaryLinear
 from signbit.models.structure import find_blocks
 from signbit.train.objectives import Head
 
@@ -76,20 +77,34 @@ def one_sequence_a_row() -> Iterator[None]:
             setattr(masking_utils, name, function)
 
 
+def weight_of(head: nn.Linear | BinaryLinear) -> Tensor:
+    """What an output head multiplies by, [N, K]; a binary one's W̃ as its latents are now."""
+    return head.effective_weight() if isinstance(head, BinaryLinear) else head.weight
+
+
 def head_of(model: Any, states: States) -> Head:
-    """How `model` makes logits of its last hidden states, checked on a few tokens.
+    """How `model` makes logits of its last hidden states, checked on a few tokens; a binary head's weight is W̃.
 
     Raises StructureError where its output is something else than a head on those states.
     """
     module, config = model.get_output_embeddings(), model.config.get_text_config()
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, (nn.Linear, BinaryLinear)):
         raise StructureError(f"{type(model).__name__} has no plain linear output head, which distillation needs")
+    if isinstance(module, BinaryLinear):
+        packed = module.pack()
+        if packed.act_bits or (packed.norm_in, packed.norm_out) != ("none", "none"):
+            raise StructureError(
+                "a binary head is a product with its matrix and nothing else, and this method's layers have norms or "
+                "quantized activations; leave out --head binary, or use --method pbllm"
+            )
     multiplier = 1.0
     if getattr(config, "logit_scale", None) is not None:
         multiplier = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None) is not None:
         multiplier = 1 / float(config.logits_scaling)
-    head = Head(module.weight, module.bias, multiplier, getattr(config, "final_logit_softcapping", None))
+    with torch.no_grad():
+        weight = weight_of(module)
+    head = Head(weight, module.bias, multiplier, getattr(config, "final_logit_softcapping", None))
     was_training = model.training
     model.eval()
     with torch.no_grad(), states.listening():

@@ -32,19 +32,24 @@ _TABLES: dict[str, type] = {
 #: What only a student that does not start as its teacher has; `vocabulary` is that of the published run, a run has its
 #: tokenizer's.
 PRETRAINED = ("shape", "model", "random", "tokenizer", "vocabulary")
-_PLAIN = ("about", "teacher", "method", "data", "keep", "result", *PRETRAINED[1:])
+_PLAIN = ("about", "teacher", "method", "data", "head", "keep", "result", "start", "masks", *PRETRAINED[1:])
 
 
-def recipe_names(pretrained: bool | None = None) -> dict[str, str]:
-    """The recipes that signbit carries, and what each is; those of signbit pretrain, those of distill, or all (None)."""
+def verb_of(recipe: dict[str, Any]) -> tuple[str | None, str]:
+    """The key that tells, if one does, and which verb a recipe is for: pretrain, finetune, or else distill."""
+    if found := [key for key in PRETRAINED if key in recipe]:
+        return found[0], "pretrain"
+    if "start" in recipe and "teacher" not in recipe:
+        return "start", "finetune"
+    return None, "distill"
+
+
+def recipe_names(verb: str | None = None) -> dict[str, str]:
+    """The recipes that signbit carries, and what each is; those of one verb (distill, finetune, pretrain), or all (None)."""
     folder = files("signbit.train").joinpath("recipes")
     paths = sorted((path for path in folder.iterdir() if path.name.endswith(".toml")), key=lambda path: path.name)
     recipes = {path.name.removesuffix(".toml"): _read(path.read_text(encoding="utf-8"), path.name) for path in paths}
-    return {
-        name: recipe["about"]
-        for name, recipe in recipes.items()
-        if pretrained in (None, any(key in recipe for key in PRETRAINED))
-    }
+    return {name: recipe["about"] for name, recipe in recipes.items() if verb in (None, verb_of(recipe)[1])}
 
 
 def read_recipe(name: str) -> dict[str, Any]:

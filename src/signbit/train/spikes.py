@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from signbit.errors import TrainingError
-from signbit.train.checkpoints import METRICS, STATE, checkpoints, read_metrics
+from signbit.train.checkpoints import METRICS, STATE, checkpoints, read_json, read_metrics
 
 #: Lines of metrics whose median a loss is held against, and how many there are at least.
 _LINES, _LEAST = 20, 5
@@ -84,7 +83,7 @@ def checkpoint_without(out: Path, skip_chunks: Collection[int], chunk_steps: int
     lines = read_metrics(out / METRICS) if (out / METRICS).is_file() else []
     found = checkpoints(out)
     for path in found:
-        state = json.loads((path / STATE).read_text())
+        state = read_json(path / STATE)
         wanted = {*skip_chunks, *recorded(lines)}
         places = range(-(-state["step"] // chunk_steps))
         learnt = [chunk_at(place, state["skipped"]) for place in places]

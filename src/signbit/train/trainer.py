@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import os
 import shutil
@@ -23,8 +22,10 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from signbit.errors import OptionError, TrainingError
+from signbit.linear import BinaryLinear
 from signbit.methods.base import check_choice
 from signbit.models.structure import find_blocks
+from signbit.train.annealing import Annealing
 from signbit.train.budget import Budget, Schedule
 from signbit.train.captured import CapturedStep
 from signbit.train.checkpoints import (
@@ -34,6 +35,7 @@ from signbit.train.checkpoints import (
     checkpoints,
     finish_checkpoint,
     last_checkpoint,
+    read_json,
     read_metrics,
     remove_checkpoint,
 )
@@ -43,7 +45,7 @@ from signbit.train.flips import Flips
 from signbit.train.metrics import Metrics
 from signbit.train.muon import Muon, Together
 from signbit.train.objectives import Head, Objective, Top, attention_distance, hidden_distance, output_loss
-from signbit.train.outputs import States, head_of
+from signbit.train.outputs import States, head_of, weight_of
 from signbit.train.spikes import Unskipped, check_in_a_row, recorded
 from signbit.train.students import matrices
 
@@ -169,13 +171,17 @@ class TrainOptions:
             if name != "none" and name not in get_available_reporting_integrations():
                 raise OptionError(f"--report-to {name} needs a package that is not installed: pip install {name}")
 
-    def check_top(self) -> None:
-        """Raises OptionError for what does not go with a teacher's likeliest tokens in its place."""
+    def check_alone(self, instead: str) -> None:
+        """Raises OptionError for what says how a teacher stands beside the student; `instead` is why none does."""
         if self.teacher_dtype != "auto" or self.teacher_device is not None or self.teacher_sharded:
             raise OptionError(
-                "--teacher-dtype, --teacher-device and --teacher-sharded are for a teacher beside the student; leave them out, "
-                "or leave out --teacher-logits"
+                "--teacher-dtype, --teacher-device and --teacher-sharded are for a teacher beside the student; leave them "
+                f"out, or {instead}"
             )
+
+    def check_top(self) -> None:
+        """Raises OptionError for what does not go with a teacher's likeliest tokens in its place."""
+        self.check_alone("leave out --teacher-logits")
         if self.cuda_graph:
             raise OptionError(
                 "--cuda-graph gives its step token ids alone, and not the teacher's logits; leave it out, or leave out "
@@ -216,6 +222,7 @@ class DistillTrainer(Trainer):
         self._data = data
         self._parts: dict[str, Tensor] = {}
         self._micro_steps = 0
+        self._random_state_of: str | None = None
         self._captured: CapturedStep | None = None
         on_gpu = torch.cuda.is_available()
         muon = options.optim == "muon"
@@ -268,6 +275,9 @@ class DistillTrainer(Trainer):
             for e in (student.get_input_embeddings(), student.get_output_embeddings())
         )
         _check_engine(self.engine["kind"], options.optim, trains_head)
+        self._adapted = bool(getattr(student, "_hf_peft_config_loaded", False))
+        if self._adapted and self.engine["kind"] in ("FSDP", "DEEPSPEED"):
+            raise OptionError(f"adapters beside packed layers train on one GPU or under DDP, not {self.engine['kind']}")
         if options.cuda_graph and self.engine["processes"] > 1:
             raise OptionError(
                 f"--cuda-graph is for one GPU, and this launch has {self.engine['processes']}; leave it out"
@@ -277,6 +287,11 @@ class DistillTrainer(Trainer):
                 _check_positions(who, model, options.sequence_length)
         if teacher is not None:
             _check_layers(student, teacher, objective)
+        binary_head = isinstance(student.get_output_embeddings(), BinaryLinear)
+        if binary_head and self.engine["kind"] in ("FSDP", "DEEPSPEED"):
+            raise OptionError(
+                f"--head binary needs the whole head, which {self.engine['kind']} keeps in parts; leave it out"
+            )
         self._states, self._taught = States(student), None if teacher is None else States(teacher)
         self.head = head_of(student, self._states)
         self.teacher_head: Head | None = None
@@ -317,7 +332,8 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # Behind what says when there is a line, before those who report it (--report-to) and so see what it adds.
         told = self.callback_handler.callbacks
-        told.insert(1 + [isinstance(one, DefaultFlowCallback) for one in told].index(True), self.metrics)
+        place = 1 + [isinstance(one, DefaultFlowCallback) for one in told].index(True)
+        told[place:place] = [self.metrics, Annealing(self)]
 
     # What is learnt from.
 
@@ -327,34 +343,44 @@ class DistillTrainer(Trainer):
         """The objective on a batch of token ids [B, T], and of the teacher's likeliest tokens if it is taught by those."""
         weight = self.objective.hidden_weight(self.budget.done(self.state.global_step))
         top = Top(inputs["top_ids"], inputs["top_log_p"]) if self._taught_by_top else None
-        loss, parts = self._losses(model, inputs["input_ids"], weight, top)
+        loss, parts = self._losses(model, inputs["input_ids"], weight, top, inputs.get("learnt"))
         if model.training:
             self._note(parts)
         return (loss, parts) if return_outputs else loss
 
     def _losses(
-        self, model: nn.Module, ids: Tensor, hidden_weight: float | Tensor, top: Top | None = None
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        hidden_weight: float | Tensor,
+        top: Top | None = None,
+        learnt: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with its gradient, and its parts without."""
+        """The loss with its gradient, and its parts without; `learnt` bool [B, T] says which tokens are predicted."""
         objective = self.objective
         how = {"input_ids": ids, "use_cache": False, **_ONE_LOGIT}
         if objective.kd_gamma > 0:
             how["output_attentions"] = True
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self._halves), self._states.listening():
             output = model(**how)
+        # Of held-out text a process may have been given sequences twice; the loss is that of the others.
+        rows = len(ids) if model.training else max(self._counted(len(ids)), 1)
         ours, last = self._states.take()
+        ours, last = [state[:rows] for state in ours], last[:rows]
         told: list[Tensor] = []
         taught = taught_last = None
         if self._taught is not None and self.teacher is not None and objective.needs_teacher:
             with torch.no_grad(), self._taught.listening():
                 taught = self.teacher(**{**how, "input_ids": ids.to(self._teacher_device)})
             told, taught_last = self._taught.take()
-            told = [state.to(ids.device) for state in told]
-            taught_last = taught_last.reshape(-1, taught_last.shape[-1]).to(ids.device)
+            told = [state[:rows].to(ids.device) for state in told]
+            taught_last = taught_last[:rows].reshape(-1, taught_last.shape[-1]).to(ids.device)
         labels = None
         if objective.kd_alpha < 1 or not model.training:  # on held-out text runs of all objectives are compared by it
-            labels = torch.full_like(ids, -100)
-            labels[:, :-1] = ids[:, 1:]
+            labels = torch.full_like(ids[:rows], -100)
+            labels[:, :-1] = ids[:rows, 1:]
+            if learnt is not None:
+                labels[:, :-1].masked_fill_(~learnt[:rows, 1:], -100)
             labels = labels.reshape(-1)
         kl_weight = objective.kd_alpha * objective.kd_loss_scale
         if objective.kd_reduction == "sequence":
@@ -363,14 +389,15 @@ class DistillTrainer(Trainer):
             last.reshape(-1, last.shape[-1]), self._head(), taught_last if kl_weight > 0 else None,
             self.teacher_head if kl_weight > 0 and taught is not None else None, labels, kl_weight,
             1 - objective.kd_alpha, objective, dtype=torch.bfloat16 if self._halves else None,
-            compiled=self.options.compile, top=None if top is None else Top(*(part.flatten(0, 1) for part in top)),
+            compiled=self.options.compile, top=None if top is None else Top(*(part[:rows].flatten(0, 1) for part in top)),
         )  # fmt: skip
         loss, parts = found.total, {"kl": found.kl, "cross_entropy": found.cross_entropy}
         if objective.looks_at_hidden and taught is not None:
             distance = (compiled_once(hidden_distance) if self.options.compile else hidden_distance)(ours, told)
             loss, parts["hidden"] = loss + hidden_weight * distance, distance
         if objective.kd_gamma > 0 and taught is not None:
-            distance = attention_distance(output.attentions, [part.to(ids.device) for part in taught.attentions])
+            pairs = ([part[:rows].to(ids.device) for part in one.attentions] for one in (output, taught))
+            distance = attention_distance(*pairs)
             loss, parts["attention"] = loss + objective.kd_gamma * distance, distance
         return loss, {name: value.detach() for name, value in parts.items()}
 
@@ -379,7 +406,14 @@ class DistillTrainer(Trainer):
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Before the first step and not now: the loader of the data, which is made in between, draws a number.
+        self._random_state_of = checkpoint
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self._random_state_of is not None:
+            super()._load_rng_state(self._random_state_of)
+            self._random_state_of = None
         if not self.options.cuda_graph:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
@@ -398,9 +432,17 @@ class DistillTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, parts = self.compute_loss(model, inputs, return_outputs=True)
-        sequences = len(inputs["input_ids"])
+        sequences = self._counted(len(inputs["input_ids"]))
         self._held_out = self._held_out + torch.stack([sequences * parts["cross_entropy"], loss.new_tensor(sequences)])
         return loss.detach(), None, None
+
+    def _counted(self, sequences: int) -> int:
+        """How many of a process's held-out sequences count: accelerate fills up the last ones with the first again."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return sequences
+        left: int = state.remainder - self.accelerator.process_index * sequences
+        return min(max(left, 0), sequences)
 
     def take_held_out(self) -> float:
         """Mean cross-entropy of the next token over the held-out sequences since it was last taken."""
@@ -418,7 +460,7 @@ class DistillTrainer(Trainer):
     def _head(self) -> Head:
         """The student's head with its parameters as they are now; an engine that divides them has put others there."""
         module = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        return self.head._replace(weight=whole(module.weight), bias=whole(module.bias))
+        return self.head._replace(weight=whole(weight_of(module)), bias=whole(module.bias))
 
     # How it is learnt.
 
@@ -490,14 +532,20 @@ class DistillTrainer(Trainer):
                 "go on with --resume"
             ) from error
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._adapted:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        from signbit.models.lora import fill_adapter
+
+        fill_adapter(self.model if model is None else model, resume_from_checkpoint)
+
     def run(self, checkpoint: Path | None = None) -> None:
         """Trains to the end of the budget, from `checkpoint` on if there is one; goes back where the loss spikes.
 
         Raises TrainingError if it spikes behind one checkpoint again and again, or under FSDP or DeepSpeed.
         """
-        state: dict[str, Any] = (
-            {"step": 0, "used_s": 0.0} if checkpoint is None else json.loads((checkpoint / STATE).read_text())
-        )
+        state: dict[str, Any] = {"step": 0, "used_s": 0.0} if checkpoint is None else read_json(checkpoint / STATE)
         if self.is_world_process_zero():
             self._forget_after(checkpoint, state["step"])
         self.budget.begin(state["used_s"])
@@ -512,7 +560,7 @@ class DistillTrainer(Trainer):
                     f"the loss spiked at step {spike.step}. Go on with --resume, which leaves out chunk "
                     f"{spike.skipped_chunk} behind {checkpoint}; under {self.engine['kind']} a run does not go back by itself"
                 )
-            self._train_from(checkpoint, json.loads((checkpoint / STATE).read_text())["step"])
+            self._train_from(checkpoint, read_json(checkpoint / STATE)["step"])
 
     def _forget_after(self, checkpoint: Path | None, step: int) -> None:
         """Takes away what an earlier run left that was made after the checkpoint to go on with."""
@@ -566,7 +614,7 @@ def _check_engine(kind: str, optim: str, trains_head: bool) -> None:
         )
     if kind == "DEEPSPEED" and trains_head:
         raise OptionError(
-            "--train-embeddings needs the whole head, which DeepSpeed keeps in parts; use FSDP2, or leave it"
+            "training embeddings needs the whole head, which DeepSpeed keeps in parts; use FSDP2, or --no-train-embeddings"
         )
 
 
