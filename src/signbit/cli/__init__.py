@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "finetune": "; with --resume it goes on at the last checkpoint",
             "pretrain": "; with --resume it goes on at the last checkpoint",
             "data": "; the same command goes on with what is written",
+            "eval": "; the same command goes on with the answers to tasks that are written",
         }
         resume = resumes.get(argv[0], "")
         print(f"signbit: interrupted{resume}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,22 +62,35 @@ class MemoryOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Measure perplexity by named protocols."""
+    """Measure perplexity by named protocols, and accuracy on lm-eval's tasks."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """Packed or full-precision model."""
-    ppl: str = "wikitext2"
-    """Protocols or text files (.txt, .jsonl), divided by commas; see `signbit eval --list`."""
+    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL]")] = None
+    """Packed or full-precision model; --export-requests needs none."""
+    ppl: str | None = None
+    """Protocols or text files (.txt, .jsonl), divided by commas; see `signbit eval --list`. Default: wikitext2, unless
+    tasks are asked for."""
+    tasks: str | None = None
+    """Tasks, groups or tags of lm-eval and suites of the papers (zeroshot6, zeroshot7, mmlu), divided by commas."""
+    few_shot: int | None = None
+    """Solved examples in each prompt; default: as the task says, mostly 0."""
+    limit: int | None = None
+    """Only the first documents of each task; the result says so."""
+    prompt_bos: Literal["tokenizer", "yes", "no"] = "tokenizer"
+    """Whether the beginning-of-sequence token stands before a prompt of a task; default: as the tokenizer does it."""
+    requests: str | None = None
+    """Score the requests of this file in place of --tasks; it needs no lm-eval."""
+    export_requests: str | None = None
+    """Write what the tasks ask to this file (.jsonl, .jsonl.gz), to be scored elsewhere, and exit."""
     against: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Another model to measure beside it, the full-precision one for example; may be repeated."""
     data_dir: str | None = None
-    """Directory of local files in place of the hub (wikitext2/wiki.test.raw …)."""
+    """Directory of local files in place of the hub (wikitext2/wiki.test.raw, piqa/validation.jsonl …)."""
     json: str | None = None
     """Also write the results to this JSON file."""
     max_windows: int | None = None
     """Stop after this many windows; the result says so."""
     list: bool = False
-    """List the protocols and exit."""
+    """List the protocols and the suites of tasks, and exit."""
 
 
 @dataclass(frozen=True)
@@ -183,49 +195,84 @@ def evaluate(argv: Sequence[str]) -> None:
     """`signbit eval`."""
     if "--list" in argv:
         from signbit.data import PROTOCOLS
+        from signbit.evaluate.requests import SUITES
 
         for name, protocol in PROTOCOLS.items():
             print(f"{name:14} {protocol.help}")
+        for name, (members, who) in SUITES.items():
+            print(f"{name:14} {', '.join(members)} ({who})")
         return
     from signbit.evaluate.perplexity import TextOptions
 
     args = parse("eval", argv, EvalOptions, text=TextOptions, run=RunOptions)
-    from tqdm import tqdm
-
-    from signbit.evaluate.perplexity import check, perplexity
+    from signbit.cli import tasks
+    from signbit.evaluate.perplexity import check
     from signbit.evaluate.size import measure_size
     from signbit.hub.load import base_of, load_any, load_tokenizer
     from signbit.linear import PackedLinear, set_activations
 
     quiet()
-    names = [name.strip() for name in args.ppl.split(",") if name.strip()]
-    if not names:
+    place = tasks.Place()
+    requests = tasks.requests(args, place)
+    if args.export_requests is not None:
+        return
+    if args.model is None:
+        raise OptionError("give the MODEL to measure, or --tasks … --export-requests FILE")
+    ppl = args.ppl if args.ppl is not None or requests is not None else "wikitext2"
+    names = [name.strip() for name in (ppl or "").split(",") if name.strip()]
+    if ppl is not None and not names:
         raise OptionError("--ppl names nothing to measure; see signbit eval --list")
+    if names and place.number > 1:
+        raise OptionError("perplexity is measured in one process; only --tasks are divided over several")
     for name in names:
         check(name, args.data_dir, args.text, args.max_windows)
     results: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
     saved: dict[str, tuple[float, float]] = {}
     for model_name in (args.model, *args.against):
-        model = load_any(model_name, args.run.dtype, args.run.device)
+        model = load_any(model_name, args.run.dtype, place.device(args.run.device))
         folder = base_of(model_name) or model_name  # beside whose packed layers an adapter stands
         if Path(folder).is_dir() and any(isinstance(module, PackedLinear) for module in model.modules()):
             size = measure_size(folder)
             saved[model_name] = size.linears_saved, size.file_saved
         tokenizer = load_tokenizer(model_name)
-        if not set_activations(model, args.run.activations):
-            print(f"note: {model_name} has no packed layer; its activations stay exact", file=sys.stderr)
-        for name in names:
-            with tqdm(desc=f"{Path(model_name).name} {name}", unit="window", disable=None, leave=False) as bar:
-
-                def step(done: int, total: int, value: float, bar: Any = bar) -> None:
-                    bar.total = total
-                    bar.set_postfix_str(f"ppl {value:.2f}", refresh=False)
-                    bar.update(done - bar.n)
-
-                result = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step)
-            results.append({"model": model_name, **result.to_dict(), "saved": saved.get(model_name)})
+        if not set_activations(model, args.run.activations) and place.main:
+            note(f"{model_name} has no packed layer; its activations stay exact")
+        results += [_perplexity(model, tokenizer, model_name, name, args, saved) for name in names]
+        if requests is not None:
+            asked.append(tasks.answered(model, tokenizer, model_name, requests, args, place))
         del model
-    anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (args.against or ("",))[-1]}
+    if not place.main:
+        return
+    if results:
+        _print_perplexities(results, args.against, saved)
+    tasks.print_results(asked)
+    found = {"results": results} | ({"tasks": asked} if asked else {})
+    write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), **found})
+
+
+def _perplexity(
+    model: Any, tokenizer: Any, model_name: str, name: str, args: Any, saved: dict[str, tuple[float, float]]
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from signbit.evaluate.perplexity import perplexity
+
+    with tqdm(desc=f"{Path(model_name).name} {name}", unit="window", disable=None, leave=False) as bar:
+
+        def step(done: int, total: int, value: float) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"ppl {value:.2f}", refresh=False)
+            bar.update(done - bar.n)
+
+        result = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step)
+    return {"model": model_name, **result.to_dict(), "saved": saved.get(model_name)}
+
+
+def _print_perplexities(
+    results: list[dict[str, Any]], against: Sequence[str], saved: dict[str, tuple[float, float]]
+) -> None:
+    anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (against or ("",))[-1]}
     rows = [
         (
             r["model"], r["protocol"], f"{r['perplexity']:.4g}" if r["perplexity"] >= 1e4 else f"{r['perplexity']:.3f}",
@@ -235,11 +282,10 @@ def evaluate(argv: Sequence[str]) -> None:
         )
         for r in results
     ]  # fmt: skip
-    last = f"of {args.against[-1]}" if args.against else ""
+    last = f"of {against[-1]}" if against else ""
     table(None, ("model", "protocol", "perplexity", last, "saved", "windows", "run", "time"), rows)
     if saved:
         print("saved: of 16 bits, in the packed linears / in the whole weight files")
-    write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), "results": results})
 
 
 def doctor(argv: Sequence[str]) -> None:

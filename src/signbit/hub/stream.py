@@ -45,7 +45,7 @@ def source_digests(model: str) -> dict[str, str]:
         return {"commit": str(getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)), "id": model}
     digests = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".model") and file.is_file():
+        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and file.is_file():
             with file.open("rb") as stream:
                 digest = hashlib.sha256()
                 while piece := stream.read(1 << 22):

@@ -1,0 +1,180 @@
+"""The part of `signbit eval` that asks tasks: requests made or read, answered by each model, shown."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from signbit.cli.output import Bars, note, table
+from signbit.errors import OptionError
+from signbit.version import VERSION
+
+if TYPE_CHECKING:
+    from signbit.evaluate.requests import Requests
+
+
+class Place:
+    """Which process this is of those that `accelerate launch` started; the only one where none were."""
+
+    def __init__(self) -> None:
+        self.number, self.index, self.local = 1, 0, 0
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
+            from accelerate import PartialState
+
+            state = PartialState(cpu=not torch.cuda.is_available())
+            self.number, self.index, self.local = state.num_processes, state.process_index, state.local_process_index
+
+    @property
+    def main(self) -> bool:
+        """Whether this process says and writes what all have found."""
+        return self.index == 0
+
+    def device(self, asked: str) -> str:
+        """The device of this process: its own GPU where --device cuda is asked of several."""
+        return f"cuda:{self.local}" if asked == "cuda" and self.number > 1 else asked
+
+
+def requests(args: Any, place: Place) -> Requests | None:
+    """What --tasks or --requests ask, written to the file of --export-requests; None where neither is given."""
+    if args.tasks is not None and args.requests is not None:
+        raise OptionError("--tasks and --requests both say what is asked; give one of them")
+    if args.tasks is None and (args.few_shot is not None or (args.limit is not None and args.requests is None)):
+        raise OptionError("--few-shot and --limit are for --tasks; perplexity is cut short with --max-windows")
+    if args.tasks is None and args.export_requests is not None:
+        raise OptionError("--export-requests writes what --tasks ask; give those too")
+    if args.requests is not None:
+        if args.limit is not None:
+            raise OptionError("--limit was settled when the requests were written; export them anew with it")
+        from signbit.evaluate.requests import read_requests
+
+        return read_requests(args.requests)
+    if args.tasks is None:
+        return None
+    from signbit.evaluate.harness import harness_requests
+
+    bars = Bars()
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+
+    def step(done: int, total: int, name: str) -> None:
+        if place.main:
+            bars("prompts", done, total, name)
+
+    say = note if place.main else lambda line: None
+    try:
+        found = harness_requests(names, args.data_dir, args.few_shot, args.limit, say, step)
+    finally:
+        bars.close()
+    if args.export_requests is not None and place.main:
+        found.write(args.export_requests)
+        pairs = {pair for question in found.questions for pair in question.pairs}
+        print(
+            f"{args.export_requests}: {len(found.questions)} documents of {len(found.tasks)} tasks, {len(pairs)} texts to "
+            f"score, by {found.harness}; signbit eval MODEL --requests {args.export_requests} scores them"
+        )
+    return found
+
+
+def answered(model: Any, tokenizer: Any, name: str, requests: Requests, args: Any, place: Place) -> dict[str, Any]:
+    """What `model` answers, from its answers on the disk as far as they go: results, protocol and hash, as JSON values."""
+    import hashlib
+
+    from signbit.evaluate.scoring import Answers, Encoder, answers_path, positions, score
+    from signbit.evaluate.tasks import results
+    from signbit.hub.stream import source_digests
+    from signbit.linear import get_activations
+
+    encoder = Encoder(tokenizer, args.prompt_bos)
+    digests = source_digests(name)
+    protocol = {
+        "signbit": VERSION,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": next(model.parameters()).device.type,
+        "activations": get_activations(model),
+        "bos": encoder.described(),
+        "positions": positions(model, tokenizer),
+    }
+    path = answers_path(digests, {**protocol, "prompt_bos": args.prompt_bos})
+    bars, begin = Bars(), time.perf_counter()
+
+    def step(done: int, total: int) -> None:
+        if place.main:
+            bars(f"{Path(name).name} tasks", done, total, f"{done} of {total} texts")
+
+    pairs = [pair for question in requests.questions for pair in question.pairs]
+    try:
+        scored = score(model, encoder, pairs, Answers(path, place.index), (place.index, place.number), step)
+    finally:
+        bars.close()
+    if scored.truncated and place.main:
+        note(f"{name}: {scored.truncated} texts were cut on the left to the model's {protocol['positions']} positions")
+    return {
+        "model": name,
+        "model_sha256": hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest(),
+        "harness": requests.harness,
+        "limit": requests.limit,
+        "protocol": protocol,
+        "results": [result.to_dict() for result in results(requests, scored.answers)],
+        "texts": len(scored.answers),
+        "texts_from_disk": scored.known,
+        "answers": f"{path}-*.jsonl",
+        "truncated": scored.truncated,
+        "batch_tokens": scored.batch_tokens,
+        "processes": place.number,
+        "seconds_s": time.perf_counter() - begin,
+    }
+
+
+def _share(result: dict[str, Any], metric: str) -> str:
+    if metric not in result["values"]:
+        return ""
+    error = result["stderr"].get(metric)
+    return f"{result['values'][metric]:.2%}" + (f" ± {error:.2%}" if error is not None else "")
+
+
+def print_results(asked: list[dict[str, Any]]) -> None:
+    """A line a task and model; the tasks of a group of more than ten are left to --json."""
+    if not asked:
+        return
+    perplexities = any("perplexity" in result["values"] for run in asked for result in run["results"])
+    rows, hidden = [], 0
+    for run in asked:
+        many = {task for result in run["results"] if len(result["tasks"]) > 10 for task in result["tasks"]}
+        for result in run["results"]:
+            if result["name"] in many:
+                hidden += 1
+                continue
+            part = "" if result["documents"] == result["of"] else f" of {result['of']}"
+            rows.append(
+                (
+                    run["model"], result["name"], "" if result["few_shot"] is None else str(result["few_shot"]),
+                    _share(result, "acc"), _share(result, "acc_norm"),
+                    "" if result["chance"] is None else f"{result['chance']:.1%}",
+                    *([f"{result['values'].get('perplexity', float('nan')):.3f}"] if perplexities else []),
+                    f"{result['documents']}{part}",
+                )
+            )  # fmt: skip
+    columns = (
+        "model",
+        "task",
+        "shots",
+        "acc",
+        "acc_norm",
+        "chance",
+        *(("perplexity",) if perplexities else ()),
+        "documents",
+    )
+    table(None, columns, rows)
+    if hidden:
+        print(f"{hidden} lines of single tasks are in the file of --json")
+    if any(result["tasks"] and "acc_norm" in result["values"] for run in asked for result in run["results"]):
+        print("a mean of acc_norm counts the acc of tasks without it")
+    for run in asked:
+        protocol = run["protocol"]
+        print(
+            f"{run['model']}: {run['harness']}; {protocol['bos']}; {protocol['dtype']}, {protocol['activations']} "
+            f"activations, {protocol['device']}; {run['texts']} texts in {run['seconds_s']:.0f} s, of which "
+            f"{run['texts_from_disk']} were answered before ({run['answers']})"
+        )
