@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.conftest import tiny_llama_config
 from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import signbit
 from signbit.data import PROTOCOLS, read_set, read_text_file
@@ -57,6 +59,60 @@ def test_perplexity_is_the_analytic_value(tokenizer, tmp_path):
     file = write_ids(tmp_path, [5, 9] * 20)
     result = perplexity(model, tokenizer, file, options=TextOptions(window=40))
     assert result.perplexity == pytest.approx(63 / 0.25, rel=1e-5)
+
+
+def one_layer(steps):
+    """A Llama of one layer whose p(t + s | t) is `steps`[s] over 64 tokens in a circle, and next to 0 elsewhere.
+
+    Attention and MLP add nothing, the embedding is one-hot, and the final norm makes √64 of its 1: the head's column t is
+    ln p(· | t) / 8.
+    """
+    model = LlamaForCausalLM(
+        tiny_llama_config(hidden_size=64, num_hidden_layers=1, max_position_embeddings=512, tie_word_embeddings=False)
+    )
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(64))
+        table = torch.full((64, 64), -60.0)
+        for step, p in steps.items():
+            table[torch.arange(64), (torch.arange(64) + step) % 64] = math.log(p)
+        model.lm_head.weight.copy_(table.T / 8)
+    return model.eval()
+
+
+def circuit(steps):
+    """A walk that takes each step from each of 64 tokens exactly as often as `steps` says (Hierholzer)."""
+    left = {token: [s for s, times in steps.items() for _ in range(times)] for token in range(64)}
+    stack, walk = [3], []
+    while stack:
+        if left[stack[-1]]:
+            stack.append((stack[-1] + left[stack[-1]].pop()) % 64)
+        else:
+            walk.append(stack.pop())
+    return walk[::-1]
+
+
+def test_the_perplexity_of_one_layer_is_the_exponential_of_its_entropy(tmp_path):
+    # H = 1/2 ln 2 + 2 · 1/4 ln 4 = 3/2 ln 2
+    ids = circuit({1: 2, 2: 1, 7: 1})
+    assert len(ids) == 4 * 64 + 1
+    words = PreTrainedTokenizerFast(tokenizer_object=numbered_words())
+    file = write_ids(tmp_path, ids)
+    model = one_layer({1: 0.5, 2: 0.25, 7: 0.25})
+    result = perplexity(model, words, file, options=TextOptions(window=len(ids)))
+    assert (result.windows, result.predicted_tokens) == (1, 256)
+    assert result.perplexity == pytest.approx(2**1.5, rel=1e-5)
+    other = perplexity(one_layer({1: 0.25, 2: 0.5, 7: 0.25}), words, file, options=TextOptions(window=len(ids)))
+    assert other.perplexity == pytest.approx(2**1.75, rel=1e-5)  # cross-entropy: 1/2 · ln 4 + 1/4 · ln 2 + 1/4 · ln 4
+
+
+def numbered_words():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return inner
 
 
 def test_windows_predict_every_token_but_their_first():
