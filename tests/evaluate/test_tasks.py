@@ -180,13 +180,12 @@ def rows_dir(tmp_path_factory):
 
 def harness_task(name, files, folder):
     """A task as lm-eval itself loads it, its own configuration included, from files of JSON."""
-    import lm_eval.tasks
+    from signbit.evaluate.harness import _manager
 
-    index = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(own_folder(name))).task_index
-    splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
-    kept = {key: index[name].cfg.get(key) for key in splits}
+    entry = _manager([name]).task_index[name]
+    kept = {key: entry.cfg.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")}
     config = {
-        "include": str(index[name].yaml_path),
+        "include": str(entry.yaml_path),
         "task": f"{name}_own",
         "dataset_path": "json",
         "dataset_name": None,
@@ -195,21 +194,6 @@ def harness_task(name, files, folder):
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}_own.yaml").write_text(yaml.safe_dump(config))
-
-
-def own_folder(name):
-    from pathlib import Path
-
-    import lm_eval.tasks
-
-    from signbit.evaluate.harness import _FOLDERS
-
-    root = Path(lm_eval.tasks.__file__).parent
-    for folder in _FOLDERS:
-        for file in (root / folder).rglob("*.yaml"):
-            if f"task: {name}\n" in file.read_text().replace('"', "") + "\n":
-                return file.parent
-    raise AssertionError(name)
 
 
 @pytest.fixture
@@ -335,6 +319,7 @@ def test_numbers_are_those_of_lm_eval_with_its_hf_model(limited, shared, stories
     by_task = {name: iter(sorted(own["samples"][f"{name}_own"], key=lambda s: s["doc_id"])) for name in files}
     for question in limited.questions:
         sample = next(by_task[question.task])
+        assert list(question.pairs) == [tuple(pair) for pair in sample["arguments"]]
         ours = [scored.answers[pair] for pair in question.pairs]
         theirs = [tuple(answer) for answer in sample["filtered_resps"]]
         assert [a[0] for a in ours] == pytest.approx([t[0] for t in theirs], rel=1e-5)
@@ -350,9 +335,13 @@ def test_texts_become_the_tokens_that_lm_eval_makes(stories, bos):
         pretrained=model, tokenizer=tokenizer, add_bos_token={"tokenizer": None, "yes": True, "no": False}[bos]
     )
     encoder = Encoder(tokenizer, bos)
-    for pair in [("Once upon a", " time there"), ("Once upon a ", "time"), ("<s>Once", " upon"), ("a\n", " b c")]:
-        assert encoder(pair) == their._encode_pair(*pair), pair
-    assert encoder(("", "Once upon"))[0] == [tokenizer.bos_token_id] == [their.prefix_token_id]
+    pairs = [("Once upon a", " time there"), ("Once upon a ", "time"), ("<s>Once", " upon"), ("a\n", " b c")]
+    assert encoder(pairs) == [their._encode_pair(*pair) for pair in pairs]
+    before, alone = encoder([("", "Once upon")])[0]
+    assert before == [tokenizer.bos_token_id] == [their.prefix_token_id]
+    assert alone == their.tok_encode("Once upon", add_special_tokens=False)
+    whole = their.tok_encode("<s>Once", add_special_tokens=False)
+    assert encoder([("", "<s>Once")])[0] == (whole[:1], whole[1:]) and whole[0] == their.prefix_token_id
     assert encoder.described() == ("nothing before a prompt" if bos == "no" else "<s> before each prompt")
     assert positions(model, tokenizer) == their.max_length == 512
 
@@ -559,12 +548,18 @@ def test_requests_travel_in_a_file(rows_dir, tmp_path):
         ("eval {llama} --limit 3", "--few-shot and --limit are for --tasks"),
         ("eval {llama} --requests {tmp}/none.jsonl", "is no file; make one where lm-eval is"),
         ("eval {llama} --requests a --tasks piqa", "give one of them"),
+        ("eval {llama} --tasks piqa --export-requests {tmp}/r.jsonl", "leave MODEL and --ppl out"),
+        (
+            "eval {llama} --tasks cb --data-dir {bad}",
+            "cb counts acc, f1 from multiple_choice, and signbit eval counts acc",
+        ),
         ("eval --export-requests {tmp}/r.jsonl", "--export-requests writes what --tasks ask"),
         ("eval --tasks piqa --data-dir {rows} --export-requests {tmp}/no/r.jsonl", "cannot be written"),
     ],
 )
 def test_errors_say_what_to_do(command, message, llama_dir, rows_dir, tmp_path, capsys):
     write_rows(tmp_path / "bad", "piqa/validation.jsonl", [{"text": "no goal"}])
+    write_rows(tmp_path / "bad", "cb/validation.jsonl", [{"premise": "a", "hypothesis": "b", "idx": 0, "label": 1}])
     places = {"llama": llama_dir, "rows": rows_dir, "tmp": tmp_path, "bad": tmp_path / "bad"}
     assert main(command.format(**places).split()) == 1
     err = capsys.readouterr().err

@@ -212,12 +212,14 @@ def evaluate(argv: Sequence[str]) -> None:
     from signbit.linear import PackedLinear, set_activations
 
     quiet()
+    if args.export_requests is not None and (args.model is not None or args.ppl is not None):
+        raise OptionError("--export-requests writes what --tasks ask and measures nothing; leave MODEL and --ppl out")
+    if args.export_requests is None and args.model is None:
+        raise OptionError("give the MODEL to measure, or --tasks … --export-requests FILE")
     place = tasks.Place()
     requests = tasks.requests(args, place)
     if args.export_requests is not None:
         return
-    if args.model is None:
-        raise OptionError("give the MODEL to measure, or --tasks … --export-requests FILE")
     ppl = args.ppl if args.ppl is not None or requests is not None else "wikitext2"
     names = [name.strip() for name in (ppl or "").split(",") if name.strip()]
     if ppl is not None and not names:

@@ -111,31 +111,42 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 
-    def _ids(self, text: str) -> list[int]:
-        # A text that spells the token out has it already.
-        if text.startswith(self.tokenizer.decode(self.prefix)) or self.bos == "no":
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
+    def _ids(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Token ids of each text; all at once, which is many times faster."""
+        beginning = self.tokenizer.decode(self.prefix)  # a text that spells the token out has it already
+        by_tokenizer: dict[bool, list[str]] = {True: [], False: []}
+        for text in dict.fromkeys(texts):
+            by_tokenizer[self.bos == "tokenizer" and not text.startswith(beginning)].append(text)
+        ids: dict[str, list[int]] = {}
+        for special, some in by_tokenizer.items():
+            if some:
+                made = self.tokenizer(some, add_special_tokens=special, verbose=False).input_ids
+                ids.update(zip(some, map(list, made), strict=True))
         if self.bos == "yes":
-            return [self.tokenizer.bos_token_id, *self.tokenizer.encode(text, add_special_tokens=False)]
-        return list(self.tokenizer.encode(text))
+            bos = self.tokenizer.bos_token_id
+            ids = {text: found if text.startswith(beginning) else [bos, *found] for text, found in ids.items()}
+        return ids
 
-    def __call__(self, pair: Pair) -> tuple[list[int], list[int]]:
-        """Token ids of context and continuation.
+    def __call__(self, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of context and continuation, of each pair.
 
-        The pair is tokenized as one text and cut where the context alone ends; blanks at the context's end go to the
+        A pair is tokenized as one text and cut where the context alone ends; blanks at the context's end go to the
         continuation, as words are tokenized with the blank before them. An empty context is one `prefix` token.
         """
-        context, continuation = pair
-        bare = context.rstrip()
-        if not bare:
-            ids = list(self.tokenizer.encode(context + continuation, add_special_tokens=False))
-            return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
-        whole, before = self._ids(context + continuation), self._ids(bare)
-        return before, whole[len(before) :]
+        bare = [context.rstrip() for context, _ in pairs]
+        ids = self._ids(t for b, (c, text) in zip(bare, pairs, strict=True) if b for t in (b, c + text))
+        found = []
+        for before, (context, continuation) in zip(bare, pairs, strict=True):
+            if before:
+                found.append((ids[before], ids[context + continuation][len(ids[before]) :]))
+                continue
+            alone = list(self.tokenizer.encode(context + continuation, add_special_tokens=False))
+            found.append((alone[:1], alone[1:]) if alone[:1] == [self.prefix] else ([self.prefix], alone))
+        return found
 
     def described(self) -> str:
         """What stands before a prompt, in words."""
-        added = self._ids("a")[: -len(self.tokenizer.encode("a", add_special_tokens=False))]
+        added = self._ids("a")["a"][: -len(self.tokenizer.encode("a", add_special_tokens=False))]
         names = " ".join(self.tokenizer.convert_ids_to_tokens(added))
         return f"{names} before each prompt" if added else "nothing before a prompt"
 
@@ -230,12 +241,11 @@ def score(
     return Scored({pair: found[pair] for pair in unique}, known, truncated, budget)
 
 
-def _rows(encoder: Encoder, pairs: Iterable[Pair], limit: int) -> tuple[list[_Row], int]:
+def _rows(encoder: Encoder, pairs: Sequence[Pair], limit: int) -> tuple[list[_Row], int]:
     """The inputs of all pairs, the longest first, and how many pairs were cut to `limit` positions."""
     rows: dict[tuple[int, ...], _Row] = {}
     truncated = 0
-    for pair in pairs:
-        context, continuation = encoder(pair)
+    for pair, (context, continuation) in zip(pairs, encoder(pairs), strict=True):
         if not continuation or len(continuation) > limit:
             raise OptionError(
                 f"the continuation {pair[1][:40]!r} has {len(continuation)} tokens; from 1 to the model's {limit} are allowed"
