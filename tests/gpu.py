@@ -20,7 +20,15 @@ PARTS = {
     "laws on random inputs": (["tests/laws"], "random or int8_activations"),
     "other laws, faults": (["tests/laws", "tests/faults"], "not random and not int8_activations"),
     "calibration and models": (
-        ["tests/test_benchmarks.py", "tests/hub", "tests/methods", "tests/models", "tests/ptq", "tests/train"],
+        [
+            "tests/test_benchmarks.py",
+            "tests/evaluate",
+            "tests/hub",
+            "tests/methods",
+            "tests/models",
+            "tests/ptq",
+            "tests/train",
+        ],
         "",
     ),
 }

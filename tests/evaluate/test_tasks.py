@@ -217,6 +217,30 @@ def test_prompts_from_local_rows_are_those_of_the_harness(rows_dir):
             assert question.lengths == tuple(len(continuation) - 1 for _, continuation in pairs)
 
 
+def test_rows_may_be_packed_or_parquet(tmp_path):
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    from signbit.evaluate.harness import harness_requests
+
+    _, row, pairs, _ = ROWS["piqa"]
+    file = write_rows(tmp_path, "piqa/validation.jsonl", [row])
+    file.with_name("validation.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    assert list(harness_requests(["piqa"], tmp_path).questions[0].pairs) == pairs
+    file.with_name("validation.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="is damaged, or not packed as its name says"):
+        harness_requests(["piqa"], tmp_path)
+    file.with_name("validation.jsonl.gz").unlink()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file.with_name("validation.parquet"))
+    assert list(harness_requests(["piqa"], tmp_path).questions[0].pairs) == pairs
+    file.with_name("validation.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"piqa could not be read from .*validation\.parquet"):
+        harness_requests(["piqa"], tmp_path)
+
+
 def test_examples_in_prompts_are_those_that_lm_eval_draws(tmp_path, datasets_cache):
     import lm_eval.tasks
 
@@ -388,7 +412,7 @@ def test_a_run_that_was_stopped_goes_on_without_asking_again(limited, stories, t
     with pytest.raises(KeyboardInterrupt):
         score(stopped, encoder, pairs, Answers(path))
     with (tmp_path / "answers-0.jsonl").open("a") as stream:
-        stream.write('["half a li')
+        stream.write('\n["half a li')
     goes_on = Counting(model)
     scored = score(goes_on, encoder, pairs, Answers(path))
     assert scored.answers == expected
@@ -538,7 +562,11 @@ def test_requests_travel_in_a_file(rows_dir, tmp_path):
     ("command", "message"),
     [
         ("eval --tasks piqa --data-dir {rows}", "give the MODEL to measure"),
-        ("eval {llama} --tasks nonsense_task_name", "lm-eval has no task nonsense_task_name"),
+        pytest.param(
+            "eval {llama} --tasks piqaa --data-dir {rows}",
+            "lm-eval has no task piqaa; near it: piqa",
+            marks=pytest.mark.slow,
+        ),
         ("eval {llama} --tasks , --data-dir {rows}", "--tasks names nothing to measure"),
         ("eval {llama} --tasks piqa --limit 0 --data-dir {rows}", "--limit is 0"),
         ("eval {llama} --tasks piqa --few-shot -1 --data-dir {rows}", "--few-shot is -1"),
@@ -668,16 +696,17 @@ def test_a_killed_command_goes_on_where_it_was(stories, tmp_path, monkeypatch, c
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    written = sum(len(file.read_text().splitlines()) for file in folder.glob("*.jsonl"))
+    written = sum(line.endswith("]") for file in folder.glob("*.jsonl") for line in file.read_text().splitlines())
     assert 0 < written < 2400
     went_on, _ = evaluated(command, tmp_path / "a.json", capsys)
-    assert written - 4 <= went_on["tasks"][0]["texts_from_disk"] < 2400
+    assert went_on["tasks"][0]["texts_from_disk"] == written
     monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "fresh"))
     fresh, _ = evaluated(command, tmp_path / "b.json", capsys)
     assert fresh["tasks"][0]["texts_from_disk"] == 0
     assert went_on["tasks"][0]["results"] == fresh["tasks"][0]["results"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, capsys):
     many_requests(tmp_path / "r.jsonl")
     command = ["eval", stories, "--requests", str(tmp_path / "r.jsonl")]
@@ -695,3 +724,54 @@ def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, c
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["tasks"][0]["processes"] == 2
     assert two["tasks"][0]["results"] == one["tasks"][0]["results"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_answers_as_the_cpu_does(llama, tokenizer):
+    texts = [" ".join(f"w{(i * step) % 61}" for i in range(length)) for step in (1, 3) for length in (2, 9, 50, 120)]
+    pairs = [(text, f" w{word} w5") for text in texts for word in (7, 11)]
+    expected = score(llama, Encoder(tokenizer), pairs).answers
+    found = score(llama.to("cuda"), Encoder(tokenizer), pairs).answers
+    assert list(found) == list(expected)
+    assert [a[0] for a in found.values()] == pytest.approx([a[0] for a in expected.values()], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_seven_tasks_through_both_command_lines(shared, stories, tmp_path, monkeypatch, capsys):
+    files = {
+        "boolq": "validation_superglue",
+        **dict.fromkeys(("piqa", "hellaswag", "winogrande"), "validation"),
+        **dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa"), "test"),
+    }
+    for name, file in files.items():
+        harness_task(name, {file.split("_")[0]: shared / "data" / name / f"{file}.jsonl"}, tmp_path / "own")
+    theirs = [
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={stories},dtype=float32",
+        "--device",
+        "cpu",
+    ]
+    theirs += ["--limit", "5", "--include_path", str(tmp_path / "own"), "--tasks", ",".join(f"{n}_own" for n in files)]
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    command = [sys.executable, *theirs, "--output_path", str(tmp_path / "theirs.json")]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    (written,) = tmp_path.glob("theirs*.json")
+    expected = json.loads(written.read_text())["results"]
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+    command = ["eval", stories, "--tasks", "zeroshot7", "--data-dir", str(shared / "data"), "--limit", "5"]
+    found, _ = evaluated(command, tmp_path / "ours.json", capsys)
+    suite, *tasks = found["tasks"][0]["results"]
+    assert {task["name"]: task["of"] for task in tasks} == {
+        "boolq": 3270, "piqa": 1838, "hellaswag": 10042, "winogrande": 1267,
+        "arc_easy": 2376, "arc_challenge": 1172, "openbookqa": 500,
+    }  # fmt: skip
+    for task in tasks:
+        for metric, value in task["values"].items():
+            assert value == expected[f"{task['name']}_own"][f"{metric},none"], (task["name"], metric)
+            assert task["stderr"][metric] == expected[f"{task['name']}_own"][f"{metric}_stderr,none"]
+    assert suite["values"]["acc"] == pytest.approx(sum(task["values"]["acc"] for task in tasks) / 7)

@@ -55,9 +55,11 @@ def _rows(path: Path) -> Any:
     """The `datasets.Dataset` of a local file, in memory."""
     import datasets
 
-    if path.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(str(path))
     with reading(path):
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import read_table
+
+            return datasets.Dataset.from_list(read_table(path).to_pylist())
         return datasets.Dataset.from_list([row for _, row in json_lines(path)])
 
 

@@ -69,12 +69,12 @@ class Answers:
         self._known.update(named)
         if self._file is None:
             return
-        lines = "".join(json.dumps([key, *answer]) + "\n" for key, answer in named.items())
+        # Each begins with the end of the line before it, so that it stands alone whatever a killed run left there.
+        lines = "".join("\n" + json.dumps([key, *answer]) for key, answer in named.items())
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("ab") as stream:
-                # In a line of its own, whatever a killed run left of its last one.
-                stream.write(b"\n" * (stream.tell() > 0) + lines.encode())
+                stream.write(lines.encode())
         except OSError as error:
             raise OptionError(
                 f"answers cannot be kept in {self._file} ({error.strerror}); name another place with SIGNBIT_CACHE"
