@@ -14,9 +14,10 @@ import torch
 import yaml
 
 from signbit.cli import main
+from signbit.cli.tasks import _digests
 from signbit.errors import DataError, OptionError, WeightError
 from signbit.evaluate.requests import Group, Question, Requests, Task, read_requests
-from signbit.evaluate.scoring import Answers, Encoder, positions, score
+from signbit.evaluate.scoring import Answers, Encoder, answers_path, positions, score
 from signbit.evaluate.tasks import counted, results
 
 #: A row of each task as the hub has it, its prompts as lm-eval 0.4.13 makes them, and the place of the right one.
@@ -724,6 +725,18 @@ def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, c
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["tasks"][0]["processes"] == 2
     assert two["tasks"][0]["results"] == one["tasks"][0]["results"]
+
+
+def test_answers_belong_to_all_files_of_a_model_and_of_the_one_beside_an_adapter(llama_dir, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": llama_dir}))
+    paths = {answers_path(_digests(name), {}) for name in (llama_dir, str(adapter))}
+    with open(f"{llama_dir}/model.safetensors", "ab") as stream:
+        stream.write(b"one byte more")
+    paths |= {answers_path(_digests(name), {}) for name in (llama_dir, str(adapter))}
+    paths.add(answers_path(_digests(llama_dir), {"dtype": "bfloat16"}))
+    assert len(paths) == 5
 
 
 @pytest.mark.gpu
