@@ -623,6 +623,21 @@ def test_the_command_shows_protocol_and_chance_and_asks_once(
     assert no_bos["tasks"][0]["protocol"]["bos"] == "nothing before a prompt"
 
 
+def test_a_packed_model_is_asked_in_both_modes_of_activations(rows_dir, stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+    out = str(tmp_path / "packed")
+    assert main(["quantize", stories, "-o", out, "--method", "absmean", "--group", "4"]) == 0
+    command = ["eval", out, "--tasks", "piqa,lambada_openai", "--data-dir", str(rows_dir), "--activations"]
+    runs = [evaluated([*command, mode], tmp_path / f"{mode}.json", capsys)[0]["tasks"][0] for mode in ("exact", "int8")]
+    assert [run["protocol"]["activations"] for run in runs] == ["exact", "int8"]
+    assert [run["texts_from_disk"] for run in runs] == [0, 0]
+    exact, int8 = (run["results"][-1]["values"]["perplexity"] for run in runs)
+    assert exact != int8 and int8 == pytest.approx(exact, rel=0.2)
+    model, tokenizer = load(out)
+    pair = ROWS["lambada_openai"][2][0]
+    assert exact == pytest.approx(math.exp(-score(model, Encoder(tokenizer), [pair]).answers[pair][0]), rel=1e-5)
+
+
 #: Runs the command line where neither lm-eval nor datasets can be imported.
 WITHOUT = (
     "import sys\nfor name in ('lm_eval', 'datasets'): sys.modules[name] = None\n"
