@@ -15,7 +15,7 @@ test: $(VENV)/.test
 	$(PYTEST)
 
 test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.engines
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ SETTINGS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
     # Published: prune --low_frac 0.5, the rest of the weights at 8 bits.
     ("SparseGPT, half of the weights 0", "pb-gptq: low=prune", (0.5,)),
     # Published: prune --low_frac 0.001 --high_bit 4, a thousandth of the weights 0 and 4 bits an entry for the others.
-    ("GPTQ, 4 bits", "pb-gptq: low=4bit", (0.0,)),
+    ("GPTQ, 4 bits, none salient", "pb-gptq: low=4bit", (0.0,)),
 )
 #: The row of full precision, which has one cell.
 DENSE = "full precision"
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--ppl", default="wikitext2")
     parser.add_argument("--max-windows", type=int)
-    parser.add_argument("--group", type=int, default=128, help="columns of a group; it must divide each layer's width")
+    parser.add_argument("--group", type=int, default=64, help="columns of a group; it must divide each layer's width")
     parser.add_argument("--shares", type=float, nargs="+", choices=SHARES, help="measure only these salient shares")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--inputs-on", default="device")

@@ -92,7 +92,7 @@ def test_ablations_resume_and_print_one_table(measurable, tmp_path, monkeypatch,
     rtn = next(row for row in found if row["setting"] == "pb-gptq: gptq=false")
     assert by_label["rounded to nearest, Hessian"] == [ablations.cell(rtn), "", "", ""]
     assert len({row["perplexity"] for row in found}) == 10, "each cell is of a setting of its own"
-    assert by_label[ablations.DENSE][0].endswith("(16.00)") and by_label["GPTQ, 4 bits"][0].endswith(
+    assert by_label[ablations.DENSE][0].endswith("(16.00)") and by_label["GPTQ, 4 bits, none salient"][0].endswith(
         f"({next(row for row in found if row['share'] == 0)['bits_per_weight']:.2f})"
     )
     bits = {row["setting"]: row["bits_per_weight"] for row in found}

@@ -10,6 +10,7 @@ import pytest
 
 from signbit.data import Source, TrainingData, parse_source, read_token_file, token_file
 from signbit.data import tokenfile as tokenfile_module
+from signbit.data.sources import text_of
 from signbit.data.tokenfile import tokenizer_digest
 from signbit.errors import DataError
 
@@ -276,6 +277,8 @@ def test_a_set_is_streamed_in_its_order(kind, datasets, tokenizer, tmp_path, fol
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"], (
         "nothing of it is kept"
     )
+    with pytest.raises(DataError, match="holds list, no text; name another column"):
+        text_of([{"role": "user"}], "own", "words")
     with pytest.raises(DataError, match=r"own.* has no column text; it has words, other"):
         token_file(tokenizer, parse_source(name.replace("words", "text")), folder)
     with pytest.raises(DataError, match=r"could not be loaded from the hub \(Bad split: test"):

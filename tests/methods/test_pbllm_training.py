@@ -192,6 +192,7 @@ def test_a_layer_without_shifts_goes_on_with_a_computed_scale():
         (lambda w: ptq(w, group=16), {"scale": "learned"}, "has 4 groups a row"),
         (lambda w: ptq(w, salient_bits=4), {"scale": "learned"}, "salient codes of 4 bits"),
         (ptq, {"scale": "row"}, "--scale learned"),
+        (lambda w: PbllmLinear.start(w, None, options(scale="row")).pack(), {"scale": "matrix"}, "has a scale a row"),
         (lambda w: OnebitLinear.start(w, None, OnebitOptions()).pack(), {"scale": "learned"}, "pbllm cannot hold it"),
     ],
 )

@@ -47,7 +47,7 @@ def test_its_state_may_be_what_is_cut(run, capsys):
 def test_what_describes_a_run_may_be_cut(run, tmp_path, capsys):
     out, resume = run
     cut(out / "run.json")
-    for command in (resume, f"pack {out} -o {tmp_path}/out", f"flips {out}"):
+    for command in (resume, f"pack {out} -o {tmp_path}/out", f"flips {out}", f"finetune {out} -o {tmp_path}/more"):
         assert main(command.split()) == 1
         assert "run.json is damaged" in capsys.readouterr().err
 

@@ -109,7 +109,6 @@ def test_two_processes_give_the_losses_of_one(llama_dir, text, tmp_path, engine,
     check(llama_dir, text, tmp_path, engine, kind, more)
 
 
-@needs_deepspeed
 def test_adapters_train_under_ddp(llama_dir, text, tmp_path):
     """The losses of one process; the packed layers, whose buffers DDP looks at, stay as they are."""
     pytest.importorskip("peft")
@@ -136,6 +135,7 @@ def test_adapters_train_under_ddp(llama_dir, text, tmp_path):
     assert done.returncode and "adapters beside packed layers train on one GPU or under DDP" in done.stderr
 
 
+@needs_deepspeed
 def test_parameters_and_optimizer_may_stay_in_the_cpus_memory(llama_dir, text, tmp_path):
     check(llama_dir, text, tmp_path, "ZeRO-3", "DEEPSPEED", ("--optim", "adamw_torch"), offload="cpu")
 

@@ -35,19 +35,17 @@ from tests.train.runs import metrics
 pytestmark = pytest.mark.slow
 
 WORDS, TOKENS, LENGTH, BATCH, STEPS = 16, 24000, 64, 16, 240
+#: Of the classic binarizers those that this corpus can judge. Without a scale (BNN, FDA, IR-Net and ReCU as published) random
+#: signs that cannot flip get to 0.65 here, too near full precision's 0.60; Bi-Real with signs for activations gets to 1.02.
+#: tests/methods/test_classic.py has all of them learn by their signs alone.
 FORMS = {
     "fbi": ("fbi", {}),
     "bitnet": ("bitnet", {}),
     "bitnet-paper": ("bitnet", {"norm": "layer", "ste": "sign"}),
-    "bnn": ("bnn", {}),
     "xnor": ("xnor", {}),
     "bireal": ("bireal", {}),
-    "bireal-signs": ("bireal", {"act_bits": 1}),
     "irnet": ("irnet", {}),
-    "irnet-published": ("irnet", {"scale": "standardised", "norm": "layer"}),
-    "fda": ("fda", {}),
     "recu": ("recu", {}),
-    "recu-published": ("recu", {"scale": "standardised", "norm": "layer"}),
     "pbllm": ("pbllm", {**METHODS["pbllm"].options.training_defaults(), "salient": 0.1}),
 }
 

@@ -97,6 +97,12 @@ def test_merging_is_refused_with_the_reason(packed_dir, text, tmp_path, capsys):
         model.merge_and_unload()
     assert main(f"finetune {run} -o {tmp_path}/on --data {text} --max-steps 1".split()) == 1
     assert "is a run of adapters" in capsys.readouterr().err
+    checkpoint = next(run.glob("checkpoint-*"))
+    words = "--max-steps 1 --sequence-length 16 --batch-size 4 --validation-blocks 2"
+    assert main(f"finetune {checkpoint} -o {tmp_path}/on --data {text} {words}".split()) == 1
+    assert f"is an adapter, from which no student starts; give the model beside which it stands: {packed_dir}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_run_killed_in_its_middle_ends_as_one_that_was_not(packed_dir, text, tmp_path, capsys):

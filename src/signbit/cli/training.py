@@ -335,7 +335,7 @@ def _finetune_adapters(argv: Sequence[str], recipe: dict[str, Any]) -> None:
     if args.start is None or args.out is None:
         raise OptionError("what and where to? signbit finetune OUT --lora -o RUN --data FILE --max-steps N")
     own = ("--method", "--head", "--keep", "--rule", "--allow-partial", "--source", "--masks")
-    if given := [flag for flag in own if flag in argv]:
+    if given := [flag for flag in own if any(word.partition("=")[0] == flag for word in argv)]:
         raise OptionError(f"with --lora the packed layers of {args.start} stay as they are; leave out {given[0]}")
     if args.objective.needs_teacher or args.teacher_logits is not None:
         raise OptionError("signbit finetune has no teacher; adapters are trained by the next token")

@@ -24,6 +24,7 @@ from signbit.data.sources import (
     local_file,
     open_text,
     reading,
+    text_of,
 )
 from signbit.errors import DataError
 
@@ -322,7 +323,7 @@ def _from_hub(wanted: TextSet, divided: Callable[[Iterator[str]], Iterator[Piece
 
     def pieces() -> Generator[Piece, None, None]:
         with reading(source):
-            yield from _counted((str(row[column] or "") for row in data), divided)
+            yield from _counted((text_of(row[column], source, column) for row in data), divided)
 
     # The fingerprint covers the data set's name, configuration, revision and split.
     return Corpus(source, lambda: len(data), [wanted.name, data._fingerprint, column], pieces)

@@ -378,11 +378,21 @@ class HubStream:
             if not read and names is None:
                 self._check(column, list(row))
             read += 1
-            yield str(row.get(column) or "")
+            yield text_of(row.get(column), self, column)
 
     def _check(self, column: str, names: Sequence[str]) -> None:
         if column not in names:
             raise DataError(f"{self} has no column {column}; it has {', '.join(names)}")
+
+
+def text_of(value: Any, source: object, column: str) -> str:
+    """The text in a column of a hub's set, "" for none; raises DataError for what is no text."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise DataError(
+        f"column {column} of {source} holds {type(value).__name__}, no text; name another column (conversations are read from "
+        "a .jsonl file)"
+    )
 
 
 def read_set(wanted: TextSet, data_dir: str | Path | None = None) -> Text:

@@ -33,7 +33,7 @@ from signbit.data.tokenfile import tokenizer_digest, vocabulary_size
 from signbit.errors import FormatError, OptionError, TrainingError
 from signbit.format import read_description
 from signbit.hub.config import SignbitConfig
-from signbit.hub.load import is_packed, load_any, load_config, load_tokenizer, torch_device
+from signbit.hub.load import base_of, is_packed, load_any, load_config, load_tokenizer, torch_device
 from signbit.hub.quantizer import finish_
 from signbit.hub.save import save, save_dense
 from signbit.hub.stream import source_digests
@@ -195,7 +195,7 @@ def config_to_go_on(name: str, source: str | None = None) -> SignbitConfig | Non
     with a scale that is learned. Raises FormatError for a damaged directory, OptionError for what is not trained.
     """
     if is_run(name):
-        run = json.loads((Path(name) / RUN).read_text(encoding="utf-8"))
+        run = read_json(Path(name) / RUN)
         settings = run["config"]
         if "lora" in run:
             raise OptionError(f"{name} is a run of adapters, from which nothing goes on but itself: --lora --resume")
@@ -554,6 +554,10 @@ def _model(recipe: Recipe, tokenizer: Any, where: str, note: Callable[[str], Non
     A random one has the teacher's vocabulary, or where there is no teacher its tokenizer's, if no model says another.
     """
     start, needed = recipe.start, vocabulary_size(tokenizer)
+    if start.model is not None and (base := base_of(start.model)) is not None:
+        raise OptionError(
+            f"{start.model} is an adapter, from which no student starts; give the model beside which it stands: {base}"
+        )
     if start.model is not None and not start.random:
         model = _dense(start.model, where, torch.float32)
     else:

@@ -499,6 +499,8 @@ class PbllmLinear(BinaryLinear):
                 "that is learned: --scale learned"
             )
         scale = w.scale[0].float().expand(rows, groups)
+        if options.scale == "matrix" and not bool((scale == scale[:1]).all()):
+            raise OptionError("the packed layer has a scale a row, not one a matrix; go on with --scale row or learned")
         shift = torch.zeros_like(scale) if w.shift is None else w.shift.float()
         wide = columns // groups
         size = scale.abs().repeat_interleave(wide, dim=1)

@@ -432,8 +432,10 @@ class DistillTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, parts = self.compute_loss(model, inputs, return_outputs=True)
-        sequences = self._counted(len(inputs["input_ids"]))
-        self._held_out = self._held_out + torch.stack([sequences * parts["cross_entropy"], loss.new_tensor(sequences)])
+        ids, learnt = inputs["input_ids"], inputs.get("learnt")
+        sequences = self._counted(len(ids))
+        count = sequences * (ids.shape[1] - 1) if learnt is None else learnt[:sequences, 1:].sum().item()
+        self._held_out = self._held_out + torch.stack([count * parts["cross_entropy"], loss.new_tensor(count)])
         return loss.detach(), None, None
 
     def _counted(self, sequences: int) -> int:
@@ -445,10 +447,10 @@ class DistillTrainer(Trainer):
         return min(max(left, 0), sequences)
 
     def take_held_out(self) -> float:
-        """Mean cross-entropy of the next token over the held-out sequences since it was last taken."""
-        total, sequences = self.accelerator.reduce(self._held_out, "sum").tolist()
+        """Mean cross-entropy over the tokens that were predicted of held-out text since it was last taken."""
+        total, count = self.accelerator.reduce(self._held_out, "sum").tolist()
         self._held_out = torch.zeros(2, device=self.args.device)
-        return float(total / sequences)
+        return float(total / count)
 
     def take_parts(self) -> dict[str, float]:
         """Means of the parts of the loss since they were last taken."""
