@@ -558,8 +558,8 @@ class BinaryLinear(nn.Module, ABC):
     def set_progress(self, done: float) -> None:
         """Tells the share of the training that is done, 0 … 1: before the first step, and after each.
 
-        Most methods do not anneal and ignore it. One that does keeps it in a buffer that it fills in place, for compiled
-        code and CUDA graphs hold that tensor.
+        Most methods do not anneal and ignore it. One that does keeps it in a buffer that it raises in place, for compiled
+        code and CUDA graphs hold that tensor; a lower share than is there, a new run's that goes on, leaves it.
         """
 
     def pack(self) -> PackedLinear:

@@ -286,7 +286,7 @@ def test_fdas_series_gets_its_terms():
     assert torch.allclose(through.weight.grad.double(), want, rtol=1e-4, atol=1e-3), "in closed form"
 
 
-def test_progress_is_a_buffer_that_is_filled_in_place_where_it_is_needed():
+def test_progress_is_a_buffer_that_is_raised_in_place_where_it_is_needed():
     for form in FORMS:
         made = layer(form)
         anneals = form.startswith(("irnet", "fda", "recu"))
@@ -295,6 +295,8 @@ def test_progress_is_a_buffer_that_is_filled_in_place_where_it_is_needed():
             before = made.progress
             made.set_progress(0.25)
             assert made.progress is before and float(before) == 0.25
+            made.set_progress(0.0)
+            assert float(before) == 0.25, "what goes on does not anneal anew"
 
 
 def test_a_budget_of_minutes_is_followed_to_its_end_and_not_beyond():

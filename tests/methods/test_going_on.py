@@ -11,18 +11,30 @@ from signbit.weight import BinaryWeight
 CASES = {
     "absmean": {},
     "absmean group": {"group": 16},
+    "bireal": {"norm": "layer"},
+    "bireal signs": {"act_bits": 1},
     "bitnet": {},
     "bitnet groups": {"groups": 4, "norm": "layer"},
     "bitnet ternary": {"weights": "ternary", "act_bits": 0},
+    "bnn": {},
+    "bnn bare": {"norm": "none", "ste": "identity"},
     "fbi": {},
     "fbi row": {"pattern": "row"},
     "fbi single": {"pattern": "single"},
+    "fda": {},
+    "irnet": {},
+    "irnet published": {"scale": "standardised", "norm": "layer"},
     "onebit": {"norm": "layer"},
     "onebit rank": {"rank": 3, "latent": "signs"},
     "onebit rows": {"vectors": "rows"},
     "onebit columns": {"vectors": "columns"},
     "pbllm": {"gptq": False, "saliency": "magnitude", "scale": "learned"},
+    "recu": {"norm": "layer"},
+    "xnor": {},
+    "xnor centred": {"center": True},
 }
+#: Methods whose scales are computed of their latents.
+COMPUTED = ("absmean", "bireal", "bitnet", "irnet", "recu", "xnor")
 
 
 def trained(case):
@@ -33,6 +45,7 @@ def trained(case):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    layer.set_progress(1.0)
     return method, options, layer.eval()
 
 
@@ -46,7 +59,7 @@ def test_a_layer_goes_on_from_its_packed_form(case):
     assert again.weight.abs().max() < 100 * again.weight.abs().mean(), "latents of one size: no sign is out of reach"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] not in ("absmean", "bitnet")])
+@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] not in COMPUTED])
 def test_latents_take_the_magnitudes_of_a_source(case):
     method, options, layer = trained(case)
     source = torch.randn(24, 64)
@@ -58,11 +71,11 @@ def test_latents_take_the_magnitudes_of_a_source(case):
     if case.startswith("onebit"):
         want = torch.ones_like(source) if "latent" in CASES[case] else source.abs()
         assert torch.allclose(size / size.mean(), want / want.mean(), rtol=1e-4)
-    elif case.startswith("fbi"):
+    elif case.startswith(("bnn", "fbi", "fda")):
         assert torch.equal(size, source.abs())
 
 
-@pytest.mark.parametrize("case", ["absmean", "bitnet"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.split()[0] in COMPUTED])
 def test_a_computed_scale_takes_no_source(case):
     method, options, layer = trained(case)
     with pytest.raises(OptionError, match="leave out --source"):
@@ -82,3 +95,43 @@ def test_fixed_random_signs_do_not_go_on():
     method = METHODS["bitnet-transformers"]
     with pytest.raises(OptionError, match="go on from the run itself"):
         method.layer.from_packed(method.layer.start(torch.randn(8, 16), None, method.options()).pack(), None, None)
+
+
+def plain(scale, signs=None):
+    signs = torch.randn(6, 32) if signs is None else signs
+    return PackedLinear(BinaryWeight.from_signs(signs, torch.tensor(scale).expand(1, 6, 1)))
+
+
+@pytest.mark.parametrize("name", ["bnn", "fda"])
+def test_without_a_scale_latents_are_far_from_the_clip(name):
+    method = METHODS[name]
+    options = method.options(norm="none")
+    layer = method.layer.from_packed(plain(1.0), None, options)
+    assert torch.equal(layer.weight.abs(), torch.full((6, 32), 0.02))
+    with pytest.raises(OptionError, match=r"6 of the packed layer's 6 rows .*signbit finetune RUN"):
+        method.layer.from_packed(plain(0.5), None, options)
+
+
+@pytest.mark.parametrize("case", ["xnor centred", "irnet", "recu"])
+def test_a_row_whose_signs_are_alike_has_no_latents_around_their_mean(case):
+    method = METHODS[case.split()[0]]
+    options = method.options(**CASES[case] | {"norm": "none"})
+    signs = torch.randn(6, 32)
+    signs[1], signs[4] = 1.0, -1.0
+    with pytest.raises(OptionError, match="rows have a scale that this method computes"):
+        method.layer.from_packed(plain(0.5, signs), None, options)
+    signs[2:] = 1.0
+    scale = torch.tensor([0.5, 0, 0, 0, 0, 0])[None, :, None]
+    packed = PackedLinear(BinaryWeight.from_signs(signs[[0, 1, 2, 3, 3, 5]], scale))
+    layer = method.layer.from_packed(packed, None, options)
+    assert torch.allclose(layer.effective_weight(), packed.to_dense()), "a constant row is 0, and others do not feel it"
+
+
+def test_a_scale_that_only_the_shape_of_the_latents_tells_is_refused():
+    """ReCU's as published, mean |C| of standardised latents; IR-Net's where it is not 1."""
+    for name, scale in (("recu", 0.6), ("irnet", 0.5)):
+        method = METHODS[name]
+        with pytest.raises(
+            OptionError, match=r"go on from the run itself .*or start from the model that was quantized"
+        ):
+            method.layer.from_packed(plain(scale), None, method.options(scale="standardised"))

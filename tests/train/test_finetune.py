@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import signbit
 from signbit.cli import main
@@ -340,6 +340,31 @@ def test_training_beats_the_ptq_result_that_it_starts_from(stories, shared, tmp_
         assert main(words.split()) == 0, capsys.readouterr().err
         held_out += [line["validation_cross_entropy"] for line in metrics(out) if "validation_cross_entropy" in line]
     assert len(held_out) == 2 and held_out[1] < 0.8 * held_out[0], held_out
+
+
+class AtStep0(TrainerCallback):
+    """What a model answers before its first step."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 0:
+            with torch.no_grad():
+                self.logits = model.eval()(IDS.to(model.device)).logits.cpu()
+            model.train()
+
+
+@pytest.mark.parametrize("words", ["recu", "irnet", "fda", "bnn", "xnor --center", "bireal --act-bits 1"])
+def test_a_classic_binarizer_goes_on_from_its_run_and_packed(words, llama_dir, text, tmp_path, capsys):
+    """Its annealing, which has ended in a run, does not begin anew; that of a packed directory does, and answers alike."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert finetune(llama_dir, run, text, f"--method {words} --learning-rate 0.01", 3) == 0, capsys.readouterr().err
+    assert main(f"pack {run} -o {out}".split()) == 0, capsys.readouterr().err
+    packed = load_any(str(out), "float32")(IDS).logits
+    for start in (run, out):
+        trainer = trainer_of(f"finetune {start} -o {tmp_path}/{start.name}-on --data {text} --max-steps 2 {SHORT}")
+        first = AtStep0()
+        trainer.add_callback(first)
+        trainer.run()
+        assert (first.logits - packed).abs().max() <= 1e-5 * packed.abs().max(), start.name
 
 
 def test_a_binary_head_trains_packs_and_goes_on(llama_dir, text, tmp_path, capsys):

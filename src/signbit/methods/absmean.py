@@ -18,6 +18,7 @@ from signbit.methods.base import (
     check_whole,
     computed_scale,
     group_count,
+    is_plain,
     latent_of,
     only_weight,
     store,
@@ -79,8 +80,7 @@ class AbsmeanLinear(BinaryLinear):
         assert isinstance(options, AbsmeanOptions)
         computed_scale(weight)
         w = only_weight(packed)
-        plain = w.shift is None and w.in_scale is None and w.in_shift is None and w.salient is None and w.planes == 1
-        if not plain or w.groups != group_count(options.group, w.in_features):
+        if not is_plain(w, groups=group_count(options.group, w.in_features)):
             raise OptionError("the packed layer is not of signs and one scale a group, as absmean's is")
         return cls(latent_of(w, w.to_dense().abs()), packed.bias, options.group)
 

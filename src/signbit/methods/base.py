@@ -173,6 +173,12 @@ def only_weight(packed: PackedLinear, norm_in: str = "none", act_bits: int = 0, 
     return packed.weights[0]
 
 
+def is_plain(weight: BinaryWeight, planes: int = 1, groups: int = 1) -> bool:
+    """Whether `weight` is of `planes` planes of signs and one scale for each of `groups` groups of a row, and nothing else."""
+    others = (weight.shift, weight.in_scale, weight.in_shift, weight.salient)
+    return (weight.planes, weight.groups) == (planes, groups) and all(part is None for part in others)
+
+
 def latent_of(weight: BinaryWeight, size: Tensor) -> Tensor:
     """Latents with the signs of the first plane of `weight` and the magnitudes `size`, float [N, K]."""
     positive = bits.unpack_bits(weight.signs[0], weight.in_features) > 0

@@ -18,6 +18,7 @@ from signbit.methods.base import (
     check_eps,
     check_whole,
     computed_scale,
+    is_plain,
     latent_of,
     only_weight,
     store,
@@ -152,7 +153,7 @@ class BitnetLinear(BinaryLinear):
         computed_scale(weight)
         w = only_weight(packed, options.norm, options.act_bits)
         planes = 1 if options.weights == "binary" else 2
-        if w.planes != planes or any(part is not None for part in (w.shift, w.in_scale, w.in_shift, w.salient)):
+        if not is_plain(w, planes):
             raise OptionError(f"the packed layer is not of {options.weights} weights and their scale, as bitnet's is")
         dense = w.to_dense()
         parts = dense.reshape(options.groups, -1).abs()

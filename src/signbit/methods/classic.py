@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from signbit.errors import OptionError
 from signbit.linear import BinaryLinear, PackedLinear
-from signbit.methods.base import MethodOptions, ScaleDtype, check_choice, check_whole, store, straight_through
+from signbit.methods.base import (
+    MethodOptions,
+    ScaleDtype,
+    check_choice,
+    check_whole,
+    computed_scale,
+    is_plain,
+    latent_of,
+    only_weight,
+    store,
+    straight_through,
+)
 from signbit.methods.gptq import Moments
 from signbit.weight import BinaryWeight
 
@@ -50,6 +61,9 @@ class ClassicOptions(MethodOptions):
         if not 0 < self.norm_eps < math.inf:
             raise OptionError(f"norm_eps is {self.norm_eps}; a positive number is needed (1e-5)")
 
+    #: Bits of the activations, 0: they stay float.
+    act_bits = 0
+
     @property
     def anneals(self) -> bool:
         """Whether anything changes with the share of the training that is done."""
@@ -68,8 +82,15 @@ class ClassicOptions(MethodOptions):
         """`weight` float [N, K] → what training starts with."""
         return self.binary(weight.float(), None)
 
+    def latents(self, packed: BinaryWeight, source: Tensor | None) -> Tensor:
+        """Latents float [N, K] with the signs of `packed` and the magnitudes of `source`, or 0.02."""
+        size = _filled(packed, 0.02) if source is None else source.float().abs()
+        return latent_of(packed, size)
+
     def packed(self, weight: BinaryWeight, bias: Tensor | None) -> PackedLinear:
-        return PackedLinear(weight, bias, norm_out=self.norm, norm_out_eps=self.norm_eps)
+        return PackedLinear(
+            weight, bias, act_bits=self.act_bits, norm_out=self.norm, norm_out_eps=self.norm_eps
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,13 +108,36 @@ class ScaledOptions(ClassicOptions):
         values, scale, _ = self.form(weight.detach().float(), None)
         return BinaryWeight.from_signs(values, store(scale, self.scale_dtype)[None])
 
+    @property
+    def follows(self) -> bool:
+        """Whether the scale grows as the latents do, so that it stays near them."""
+        return True
+
+    def latents(self, packed: BinaryWeight, source: Tensor | None) -> Tensor:
+        """Latents of one size a row: that which has the packed scale. Where the scale does not follow them it is 0.02.
+
+        Raises OptionError for a `source`, which would change the scale.
+        """
+        computed_scale(source)
+        if not self.follows:
+            return super().latents(packed, None)
+        wanted = packed.scale[0].float()
+        ones = latent_of(packed, _filled(packed, 1.0)) * (
+            wanted != 0
+        )  # a row of 0 has no part in what is taken of all rows
+        return latent_of(packed, _filled(packed, 1.0) * (wanted / self.form(ones, None).scale.clamp_min(_TINY)))
+
+
+def _filled(weight: BinaryWeight, value: float) -> Tensor:
+    return torch.full((weight.out_features, weight.in_features), value, device=weight.signs.device)
+
 
 class ClassicLinear(BinaryLinear):
     """y = norm(x · W̃ᵀ) + bias with the W̃ of its options, whose docstring has equation, gradient and source.
 
     `weight` float [N, K]; x float [..., K], y float [..., N]. `progress` is the share of the training that is done, a float
-    scalar in a buffer that the trainer fills in place: compiled code and CUDA graphs read it there, and a checkpoint keeps
-    it, so that what is packed is what was trained. Methods that do not anneal have none.
+    scalar in a buffer that the trainer raises in place: compiled code and CUDA graphs read it there, and a checkpoint keeps
+    it, so that what is packed is what was trained and what goes on does not anneal anew. Methods that do not anneal have none.
     """
 
     progress: Tensor | None
@@ -111,9 +155,26 @@ class ClassicLinear(BinaryLinear):
         assert isinstance(options, ClassicOptions)
         return cls(weight.float(), bias, options)
 
+    @classmethod
+    def from_packed(cls, packed: PackedLinear, weight: Tensor | None, options: MethodOptions) -> ClassicLinear:
+        """Signs and scales are the packed layer's, and latents those of `ClassicOptions.latents`; what anneals begins anew."""
+        assert isinstance(options, ClassicOptions)
+        w = only_weight(packed, act_bits=options.act_bits, norm_out=options.norm)
+        if not is_plain(w):
+            raise OptionError("the packed layer is not of signs and at most one scale a row, as this method's is")
+        layer = cls(options.latents(w, weight), packed.bias, options)
+        off = ~torch.isclose(layer.binary().to_dense(), w.to_dense(), rtol=1e-4, atol=0).all(dim=1)
+        if off.any():
+            raise OptionError(
+                f"{int(off.sum())} of the packed layer's {w.out_features} rows have a scale that this method computes of "
+                "latents as they were, and of none with one size a row; go on from the run itself (signbit finetune RUN), or "
+                "start from the model that was quantized"
+            )
+        return layer
+
     def set_progress(self, done: float) -> None:
         if self.progress is not None:
-            self.progress.fill_(done)
+            self.progress.clamp_min_(done)  # a finished run that goes on does not anneal anew
 
     def effective_weight(self) -> Tensor:
         """W̃ float [N, K], in the dtype of the latents."""
@@ -252,11 +313,6 @@ class BirealOptions(ScaledOptions):
         scale = _mean_size(weight)
         return Form(weight, scale, _sloped(weight, scale * (weight.abs() < 1)))
 
-    def packed(self, weight: BinaryWeight, bias: Tensor | None) -> PackedLinear:
-        return PackedLinear(
-            weight, bias, act_bits=self.act_bits, norm_out=self.norm, norm_out_eps=self.norm_eps
-        )  # fmt: skip
-
 
 class BirealLinear(ClassicLinear):
     """y = norm(α ∘ (sign(W) · q)) + bias, where q is x or sign(x); source and gradients: `BirealOptions`.
@@ -301,6 +357,10 @@ class IrnetOptions(ScaledOptions):
         check_choice("scale", self.scale, ("latent", "standardised"))
         if not 0 < self.t_min <= self.t_max < math.inf:
             raise OptionError(f"t_min is {self.t_min} and t_max {self.t_max}; t rises, from a positive number on")
+
+    @property
+    def follows(self) -> bool:
+        return self.scale == "latent"
 
     @property
     def anneals(self) -> bool:
@@ -397,6 +457,10 @@ class RecuOptions(ScaledOptions):
             _check_between(name, getattr(self, name), 0.5, 1)
         if self.tau_start > self.tau_end:
             raise OptionError(f"tau_start is {self.tau_start} and tau_end {self.tau_end}; τ rises")
+
+    @property
+    def follows(self) -> bool:
+        return self.scale == "latent"
 
     @property
     def anneals(self) -> bool:
