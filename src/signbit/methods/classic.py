@@ -122,9 +122,8 @@ class ScaledOptions(ClassicOptions):
         if not self.follows:
             return super().latents(packed, None)
         wanted = packed.scale[0].float()
-        ones = latent_of(packed, _filled(packed, 1.0)) * (
-            wanted != 0
-        )  # a row of 0 has no part in what is taken of all rows
+        # A row of 0 has no part in what is taken of all rows.
+        ones = latent_of(packed, _filled(packed, 1.0)) * (wanted != 0)
         return latent_of(packed, _filled(packed, 1.0) * (wanted / self.form(ones, None).scale.clamp_min(_TINY)))
 
 
