@@ -42,7 +42,7 @@ def wanted(group: int, shares: list[float] | None) -> list[tuple[str, str, float
         (label.format(group=group), setting.format(group=group), share)
         for label, setting, its in SETTINGS
         for share in its
-        if shares is None or its != SHARES or share in shares
+        if shares is None or share in shares
     ]
 
 
@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--ppl", default="wikitext2")
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--group", type=int, default=64, help="columns of a group; it must divide each layer's width")
-    parser.add_argument("--shares", type=float, nargs="+", choices=SHARES, help="measure only these salient shares")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", choices=(*SHARES, 0.0), help="measure only these salient shares"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--inputs-on", default="device")
     parser.add_argument("--rows", help="JSON lines, one a finished cell")

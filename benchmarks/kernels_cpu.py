@@ -37,14 +37,19 @@ SHAPES = ["4096x4096", "2048x2048", "5632x2048", "2048x5632", "11008x4096", "409
 QUIET_S = 0.03
 
 
-def seconds(call: Callable[[int], Any], runs: int) -> float:
-    """Median of `runs` calls, after unmeasured ones for QUIET_S and at least one."""
+def seconds(call: Callable[[int], Any], runs: int, distinct: int = 1) -> float:
+    """Median of `runs` calls, each of the next of `distinct` matrices.
+
+    Unmeasured ones go before, for QUIET_S and once for each matrix at least: a model calls each of its layers once a token, so
+    that what a first call makes (buffers, a closure of arguments) is long made.
+    """
     until = time.perf_counter() + QUIET_S
-    call(0)
-    while time.perf_counter() < until:
-        call(0)
+    for run in itertools.count():
+        call(run)
+        if run + 1 >= distinct and time.perf_counter() >= until:
+            break
     times = []
-    for run in range(runs):
+    for run in range(max(runs, 2 * distinct)):
         began = time.perf_counter()
         call(run)
         times.append(time.perf_counter() - began)
@@ -96,14 +101,14 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
             off = np.abs(theirs - reference.binary_linear(x, weights[0].operands(), "exact").numpy()).max()
             if not off <= 0.03 * np.abs(theirs).max():
                 raise SystemExit(f"ggml is {off:.2g} off the reference; nothing is timed")
-            peers["ggml Q1_0"] = seconds(lambda i, r=runners: r[i % count](), runs)
+            peers["ggml Q1_0"] = seconds(lambda i, r=runners: r[i % count](), runs, count)
         for dtype in (torch.float32, torch.bfloat16):
             inputs, dense = x.to(dtype), [torch.randn(rows, columns, dtype=dtype) for _ in range(min(count, 4))]
             peers[f"torch {str(dtype).removeprefix('torch.')}"] = seconds(
-                lambda i, u=inputs, d=dense: F.linear(u, d[i % len(d)]), runs
+                lambda i, u=inputs, d=dense: F.linear(u, d[i % len(d)]), runs, len(dense)
             )
         for mode in ("int8", "exact"):
-            ours = seconds(lambda i, u=x, m=mode: ours_of[i % count](u, m), runs)
+            ours = seconds(lambda i, u=x, m=mode: ours_of[i % count](u, m), runs, count)
             found += [
                 lower_is_better(f"{name} {mode}, {form}", 1e6 * ours, peer, 1e6 * s, "µs") for peer, s in peers.items()
             ]

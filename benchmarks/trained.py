@@ -30,6 +30,7 @@ def draw(rows: list[dict[str, Any]], path: str, protocol: str) -> None:
     """A line through the rows of one kind, a dot each; full precision, the first row, is a level."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,7 +44,13 @@ def draw(rows: list[dict[str, Any]], path: str, protocol: str) -> None:
         kinds.setdefault(row["name"].partition(",")[0], []).append((row["bits_per_weight"], row["perplexity"]))
     for kind, points in kinds.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=kind)
+    for bits, value in (point for points in kinds.values() for point in points):
+        axes.annotate(f"{value:.4g}", (bits, value), (0, 6), textcoords="offset points", fontsize=8, ha="center")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.08, y=0.1)
     axes.set_xlabel("true bits per weight of the binary layers, counted from bytes")
     axes.set_ylabel(f"perplexity, {protocol}")
     axes.grid(alpha=0.25)
