@@ -9,7 +9,7 @@ from signbit.cli.data import DataOptions, data
 from signbit.cli.importing import ImportOptions, import_checkpoint
 from signbit.cli.measuring import DoctorOptions, EvalOptions, InfoOptions, MemoryOptions, doctor, evaluate, info, memory
 from signbit.cli.quantizing import QuantizeOptions, quantize
-from signbit.cli.running import ChatOptions, PromptOptions, chat, generate
+from signbit.cli.running import ChatOptions, PromptOptions, ServeOptions, chat, generate, serve
 from signbit.cli.training import (
     DistillOptions,
     FinetuneOptions,
@@ -43,6 +43,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "eval": (evaluate, EvalOptions),
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),
+    "serve": (serve, ServeOptions),
     "doctor": (doctor, DoctorOptions),
 }
 
