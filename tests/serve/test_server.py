@@ -112,7 +112,8 @@ def test_fifty_clients_at_once(server):
 
     def ask(number):
         length, stream = (1, 2, 4)[number % 3], number % 2 == 0
-        with openai.OpenAI(base_url=server.url, api_key="any", max_retries=0, timeout=120) as client:
+        own = openai.DefaultHttpxClient(verify=False)  # certificates take longer to read than the answer
+        with openai.OpenAI(base_url=server.url, api_key="any", max_retries=0, http_client=own) as client:
             answer = client.completions.create(model="OUT", prompt="w3 w4", max_tokens=length, stream=stream)
             got = "".join(e.choices[0].text for e in answer) if stream else answer.choices[0].text
         return got == wanted[length]
@@ -158,7 +159,7 @@ def test_completions_that_are_refused(server, asked, error, message):
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [{"content": "w3"}]}, r"messages\.0\.role: Field required"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
-        ({"messages": [{"role": "user", "content": "w3 " * 3000}]}, "the prompt has 3003 tokens, the context 2048"),
+        ({"messages": [{"role": "user", "content": "w3 " * 3000}]}, "the prompt has 3000 tokens, the context 2048"),
         ({"n": 3}, "n: Input should be 1"),
         ({"logprobs": True}, "logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -179,6 +180,26 @@ def test_an_over_long_prompt_is_refused_before_anything_is_computed(server, monk
             text(server, prompt="w3 " * 100_000, stream=stream)
         assert refused.value.code == "context_length_exceeded"
     assert not calls
+
+
+def test_others_are_answered_while_a_long_prompt_is_counted(server, monkeypatch):
+    counting, answered = threading.Event(), threading.Event()
+    real = server.tokenizer._tokenizer
+
+    class Slow:
+        def encode_batch(self, *args, **kwargs):
+            counting.set()
+            assert answered.wait(60)
+            return real.encode_batch(*args, **kwargs)
+
+    monkeypatch.setattr(server.tokenizer, "_tokenizer", Slow())
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(text, server, prompt="w3 " * 5000)
+        assert counting.wait(60)
+        assert server.client.models.list().data[0].id == "OUT"
+        answered.set()
+        with pytest.raises(openai.BadRequestError, match="the prompt has 5000 tokens"):
+            refused.result()
 
 
 def test_an_answer_fills_the_context_and_no_more(server):

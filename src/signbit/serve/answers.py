@@ -182,16 +182,22 @@ class Answers(GenerateManager):
             ids = processor.encode(Stops(streamer.stops.stops).feed(processor.decode(ids)), add_special_tokens=False)
         return "".join(pieces), inputs["input_ids"].shape[-1], ids
 
+    def check(self, prompt_tokens: int) -> None:
+        """Refuses a prompt that leaves no room in the context."""
+        if self.limit is not None and prompt_tokens + 1 > self.limit:
+            message = f"the prompt has {prompt_tokens} tokens, the context {self.limit}; shorten the prompt"
+            raise Refused(400, message, "context_length_exceeded")
+
+    async def check_texts(self, texts: Sequence[str], tokenizer: Any) -> None:
+        """Refuses long texts before the event loop is given to them: others are answered while these are counted."""
+        if self.limit is not None and sum(map(len, texts)) > 4 * self.limit:
+            parts = await asyncio.to_thread(tokenizer._tokenizer.encode_batch, list(texts), add_special_tokens=False)
+            self.check(sum(map(len, parts)))
+
     def _fit(self, prompt_tokens: int, gen_config: Any) -> None:
-        """Refuses a prompt that leaves no room in the context; an answer may fill what is left."""
+        """Refuses a prompt that is empty or too long; an answer may fill what it leaves of the context."""
         if prompt_tokens == 0:
             raise Refused(400, "the prompt has no token; give a text to continue", "invalid_value", "prompt")
-        if self.limit is None:
-            return
-        if prompt_tokens + 1 > self.limit:
-            raise Refused(
-                400,
-                f"the prompt has {prompt_tokens} tokens, the context {self.limit}; shorten the prompt",
-                "context_length_exceeded",
-            )
-        gen_config.max_new_tokens = min(gen_config.max_new_tokens, self.limit - prompt_tokens)
+        self.check(prompt_tokens)
+        if self.limit is not None:
+            gen_config.max_new_tokens = min(gen_config.max_new_tokens, self.limit - prompt_tokens)

@@ -74,6 +74,7 @@ class _Checked(BaseHandler):
             _check_template(asked, tokenizer)
         if beyond := [token for token in asked.logit_bias or {} if token >= model.config.get_text_config().vocab_size]:
             raise Refused(400, f"logit_bias: there is no token {beyond[0]}", "invalid_value", "logit_bias")
+        await self.generation_state.answers.check_texts(asked.texts, tokenizer)
         try:
             response = await super().handle_request(body, request_id)
         except TemplateError as error:

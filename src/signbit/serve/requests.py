@@ -47,6 +47,11 @@ class Asked(_Form):
         return self.max_tokens
 
     @property
+    def texts(self) -> list[str]:
+        """What a prompt is made of."""
+        raise NotImplementedError
+
+    @property
     def stops(self) -> list[str]:
         """The strings before which the answer ends."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -90,6 +95,11 @@ class ChatRequest(Asked):
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def texts(self) -> list[str]:
+        contents = [[m.content] if isinstance(m.content, str) else m.content or [] for m in self.messages]
+        return [part if isinstance(part, str) else part.text for content in contents for part in content]
+
 
 class TextRequest(Asked):
     """POST /v1/completions."""
@@ -99,6 +109,10 @@ class TextRequest(Asked):
     echo: Literal[False] | None = None
     logprobs: Literal[0] | None = None
     suffix: Literal[""] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.prompt]
 
 
 _AskedT = TypeVar("_AskedT", bound=Asked)
