@@ -34,7 +34,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,lora,plot,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,lora,plot,serve,test,dev]'
 	touch $@
 
 # DeepSpeed is built from its sources, which look at the torch that is there.

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from signbit.cli.data import DataOptions, data
 from signbit.cli.importing import ImportOptions, import_checkpoint
 from signbit.cli.measuring import DoctorOptions, EvalOptions, InfoOptions, MemoryOptions, doctor, evaluate, info, memory
+from signbit.cli.publishing import PushOptions, push
 from signbit.cli.quantizing import QuantizeOptions, quantize
-from signbit.cli.running import ChatOptions, PromptOptions, chat, generate
+from signbit.cli.running import ChatOptions, PromptOptions, ServeOptions, chat, generate, serve
 from signbit.cli.training import (
     DistillOptions,
     FinetuneOptions,
@@ -43,6 +44,8 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "eval": (evaluate, EvalOptions),
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),
+    "serve": (serve, ServeOptions),
+    "push": (push, PushOptions),
     "doctor": (doctor, DoctorOptions),
 }
 
@@ -88,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "finetune": "; with --resume it goes on at the last checkpoint",
             "pretrain": "; with --resume it goes on at the last checkpoint",
             "data": "; the same command goes on with what is written",
+            "push": "; the same command uploads what the hub has not got yet",
             "eval": "; the same command goes on with the answers to tasks that are written",
         }
         resume = resumes.get(argv[0], "")

@@ -13,6 +13,9 @@ from signbit.linear import Int8Embedding, Int8Head, PackedLinear
 from signbit.models import Report
 from signbit.version import VERSION
 
+#: What stands in the card's example for the place of the model, until it is pushed to one.
+HERE = "PATH/OF/THIS/DIRECTORY"
+
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the model in full precision: N·K for a packed matrix, shared tensors once."""
@@ -55,7 +58,7 @@ def make_card(
         "import signbit",
         "from transformers import AutoModelForCausalLM",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH/OF/THIS/DIRECTORY")',
+        f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
         "```",
         "",
         "| | |",

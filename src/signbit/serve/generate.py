@@ -92,6 +92,12 @@ class _Printer(TextStreamer):
         self.write(text)
 
 
+def context_tokens(model: Any) -> int | None:
+    """The most tokens that a prompt and its answer may have together; None where the model sets no bound."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return limit
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -121,7 +127,7 @@ def generate(
         except TemplateError as error:
             raise OptionError(f"the model's chat template refuses these messages: {error}") from error
     ids = encoded["input_ids"].to(model.device)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_tokens(model)
     if limit is not None and ids.shape[1] + 1 > limit:
         raise OptionError(f"the prompt has {ids.shape[1]} tokens, the model's context {limit}; shorten the prompt")
     arguments = options.arguments()
