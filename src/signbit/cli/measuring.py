@@ -16,7 +16,9 @@ from signbit.errors import OptionError, SignbitError
 from signbit.version import VERSION
 
 if TYPE_CHECKING:
+    from signbit.cli.tasks import Place
     from signbit.evaluate.doctor import Machine
+    from signbit.evaluate.requests import Requests
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,27 @@ class EvalOptions:
     """Write what the tasks ask to this file (.jsonl, .jsonl.gz), to be scored elsewhere, and exit."""
     against: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Another model to measure beside it, the full-precision one for example; may be repeated."""
+    table: str | None = None
+    """Measure a paper's table again and show its figures beside ours: one of `signbit eval --list`, or a .toml file."""
+    table_models: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="model", metavar="NAME[=DIR]")
+    ] = ()
+    """A model of the table and where it is, by default on the hub; may be repeated. The others stay "not measured"."""
+    markdown: str | None = None
+    """Also write the table to this Markdown file."""
     data_dir: str | None = None
     """Directory of local files in place of the hub (wikitext2/wiki.test.raw, piqa/validation.jsonl …)."""
     json: str | None = None
     """Also write the results to this JSON file."""
     max_windows: int | None = None
     """Stop after this many windows; the result says so."""
+    offload: bool = False
+    """Measure perplexity with one block of the model in memory at a time, read from its files when its turn comes: the same
+    number, of a model that is larger than the memory."""
+    inputs_on: Literal["device", "cpu", "disk"] = "cpu"
+    """Where what a block has made of the text waits for the next one, with --offload."""
     list: bool = False
-    """List the protocols and the suites of tasks, and exit."""
+    """List the protocols, the suites of tasks and the papers' tables, and exit."""
 
 
 @dataclass(frozen=True)
@@ -196,98 +211,84 @@ def evaluate(argv: Sequence[str]) -> None:
     if "--list" in argv:
         from signbit.data import PROTOCOLS
         from signbit.evaluate.requests import SUITES
+        from signbit.evaluate.table import table_names
 
         for name, protocol in PROTOCOLS.items():
             print(f"{name:14} {protocol.help}")
         for name, (members, who) in SUITES.items():
             print(f"{name:14} {', '.join(members)} ({who})")
+        for name, about in table_names().items():
+            print(f"{name:20} --table: {about}")
         return
     from signbit.evaluate.perplexity import TextOptions
 
     args = parse("eval", argv, EvalOptions, text=TextOptions, run=RunOptions)
-    from signbit.cli import tasks
-    from signbit.evaluate.perplexity import check
-    from signbit.evaluate.size import measure_size
-    from signbit.hub.load import base_of, load_any, load_tokenizer
-    from signbit.linear import PackedLinear, set_activations
+    from signbit.cli import perplexities, tables, tasks
 
     quiet()
+    args, paper, models = tables.applied(args)
     if args.export_requests is not None and (args.model is not None or args.ppl is not None):
         raise OptionError("--export-requests writes what --tasks ask and measures nothing; leave MODEL and --ppl out")
-    if args.export_requests is None and args.model is None:
-        raise OptionError("give the MODEL to measure, or --tasks … --export-requests FILE")
+    if args.export_requests is None and args.model is None and paper is None:
+        raise OptionError("give the MODEL to measure, --table NAME, or --tasks … --export-requests FILE")
     place = tasks.Place()
     requests = tasks.requests(args, place)
     if args.export_requests is not None:
         return
-    ppl = args.ppl if args.ppl is not None or requests is not None else "wikitext2"
-    names = [name.strip() for name in (ppl or "").split(",") if name.strip()]
-    if ppl is not None and not names:
-        raise OptionError("--ppl names nothing to measure; see signbit eval --list")
-    if names and place.number > 1:
-        raise OptionError("perplexity is measured in one process; only --tasks are divided over several")
-    for name in names:
-        check(name, args.data_dir, args.text, args.max_windows)
+    if paper is not None:
+        tables.check(paper, requests)
+    names = perplexities.named(args, requests is not None, place) if paper is None or args.ppl is not None else []
     results: list[dict[str, Any]] = []
     asked: list[dict[str, Any]] = []
-    saved: dict[str, tuple[float, float]] = {}
-    for model_name in (args.model, *args.against):
-        model = load_any(model_name, args.run.dtype, place.device(args.run.device))
-        folder = base_of(model_name) or model_name  # beside whose packed layers an adapter stands
-        if Path(folder).is_dir() and any(isinstance(module, PackedLinear) for module in model.modules()):
-            size = measure_size(folder)
-            saved[model_name] = size.linears_saved, size.file_saved
-        tokenizer = load_tokenizer(model_name)
-        if not set_activations(model, args.run.activations) and place.main:
-            note(f"{model_name} has no packed layer; its activations stay exact")
-        results += [_perplexity(model, tokenizer, model_name, name, args, saved) for name in names]
-        if requests is not None:
-            asked.append(tasks.answered(model, tokenizer, model_name, requests, args, place))
-        del model
+    saved: perplexities.Saved = {}
+    for model_name in (args.model, *args.against) if args.model is not None else ():
+        if args.offload:
+            results += perplexities.offloaded(model_name, names, args)
+        else:
+            _whole(model_name, names, requests, args, place, results, asked)
+        if (shares := _saved(model_name)) is not None:
+            saved[model_name] = shares
     if not place.main:
         return
     if results:
-        _print_perplexities(results, args.against, saved)
+        perplexities.print_perplexities(results, args.against, saved)
     tasks.print_results(asked)
-    found = {"results": results} | ({"tasks": asked} if asked else {})
+    found: dict[str, Any] = {"results": [{**r, "saved": saved.get(r["model"])} for r in results]}
+    if asked:
+        found["tasks"] = asked
+    if paper is not None:
+        found["table"] = tables.show(paper, models, results, asked, args.markdown)
     write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), **found})
 
 
-def _perplexity(
-    model: Any, tokenizer: Any, model_name: str, name: str, args: Any, saved: dict[str, tuple[float, float]]
-) -> dict[str, Any]:
-    from tqdm import tqdm
+def _saved(model_name: str) -> tuple[float, float] | None:
+    """Shares of 16 bits that a packed directory saves, in its linears and in its files."""
+    from signbit.evaluate.size import measure_size
+    from signbit.hub.load import base_of, is_packed
 
-    from signbit.evaluate.perplexity import perplexity
-
-    with tqdm(desc=f"{Path(model_name).name} {name}", unit="window", disable=None, leave=False) as bar:
-
-        def step(done: int, total: int, value: float) -> None:
-            bar.total = total
-            bar.set_postfix_str(f"ppl {value:.2f}", refresh=False)
-            bar.update(done - bar.n)
-
-        result = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step)
-    return {"model": model_name, **result.to_dict(), "saved": saved.get(model_name)}
+    folder = base_of(model_name) or model_name  # beside whose packed layers an adapter stands
+    if not is_packed(folder):
+        return None
+    size = measure_size(folder)
+    return size.linears_saved, size.file_saved
 
 
-def _print_perplexities(
-    results: list[dict[str, Any]], against: Sequence[str], saved: dict[str, tuple[float, float]]
-) -> None:
-    anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (against or ("",))[-1]}
-    rows = [
-        (
-            r["model"], r["protocol"], f"{r['perplexity']:.4g}" if r["perplexity"] >= 1e4 else f"{r['perplexity']:.3f}",
-            f"{r['perplexity'] / anchors[r['protocol']]:.3g} ×" if r["protocol"] in anchors else "",
-            " / ".join(f"{share:.1%}" for share in saved.get(r["model"], ())),
-            f"{r['windows']} × {r['window']}", f"{r['dtype']}, {r['activations']}", f"{r['seconds_s']:.0f} s",
-        )
-        for r in results
-    ]  # fmt: skip
-    last = f"of {against[-1]}" if against else ""
-    table(None, ("model", "protocol", "perplexity", last, "saved", "windows", "run", "time"), rows)
-    if saved:
-        print("saved: of 16 bits, in the packed linears / in the whole weight files")
+def _whole(
+    model_name: str, names: Sequence[str], requests: Requests | None, args: Any, place: Place,
+    results: list[dict[str, Any]], asked: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Measures one model that is loaded whole; what is found is added to `results` and `asked`."""
+    from signbit.cli import perplexities, tasks
+    from signbit.hub.load import load_any, load_tokenizer
+    from signbit.linear import set_activations
+
+    model = load_any(model_name, args.run.dtype, place.device(args.run.device))
+    tokenizer = load_tokenizer(model_name)
+    if not set_activations(model, args.run.activations) and place.main:
+        note(f"{model_name} has no packed layer; its activations stay exact")
+    results += [perplexities.measured(model, tokenizer, model_name, name, args, place) for name in names]
+    if requests is not None:
+        asked.append(tasks.answered(model, tokenizer, model_name, requests, args, place))
 
 
 def doctor(argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from signbit.data import PROTOCOLS, Protocol, read_set, read_text_file
@@ -78,11 +79,15 @@ def _windows(ids: Tensor, window: int, stride: int, bos: int | None) -> list[tup
     return cut
 
 
-@torch.inference_mode()
-def _window_nll(model: Any, ids: Tensor, context: int) -> tuple[float, int]:
-    """Sum of −ln p over the predicted tokens of one window, and their number."""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    targets = ids[1:]
+def window_nll(model: Any, ids: Tensor, context: int) -> tuple[float, int]:
+    """Sum of −ln p over the predicted tokens of one window int64 [T], and their number."""
+    with torch.inference_mode():
+        return logits_nll(model(input_ids=ids[None], use_cache=False).logits[0], ids, context)
+
+
+def logits_nll(logits: Tensor, ids: Tensor, context: int) -> tuple[float, int]:
+    """The same of a window whose logits [T, vocabulary] are there."""
+    logits, targets = logits[:-1], ids[1:]
     first = max(context - 1, 0)
     total = 0.0
     # In pieces: float32 copies of 2048 × 150k logits would take more memory than the model.
@@ -115,6 +120,40 @@ def check(
         raise OptionError(f"a window of {chosen.window} tokens needs 1 ≤ stride ≤ {room}; the stride is {chosen.step}")
     if max_windows is not None and max_windows < 1:
         raise OptionError(f"--max-windows is {max_windows}; at least 1 window is needed")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text as it is measured: its windows int64 [T], how many of their first tokens are context only, what it is."""
+
+    label: str
+    source: str
+    options: TextOptions
+    cut: tuple[tuple[Tensor, int], ...]
+
+
+def windows_of(
+    name: str,
+    tokenizer: Any,
+    data_dir: str | Path | None = None,
+    options: TextOptions | None = None,
+    max_windows: int | None = None,
+    positions: int | None = None,
+) -> Windows:
+    """The windows of the protocol or file `name`, checked against the `positions` of a model.
+
+    Raises DataError or OptionError for texts and options that do not fit.
+    """
+    check(name, data_dir, options, max_windows)
+    cut, label, source, chosen = _prepare(name, tokenizer, data_dir, options)
+    if max_windows is not None and max_windows < len(cut):
+        label = f"{label}, first {max_windows} of {len(cut)} windows"
+        cut = cut[:max_windows]
+    if positions is not None and chosen.window > positions:
+        raise OptionError(
+            f"the model has {positions} positions, fewer than the window of {chosen.window} tokens of {label}"
+        )
+    return Windows(label, source, chosen, tuple(cut))
 
 
 def _prepare(
@@ -160,36 +199,65 @@ def perplexity(
     options: TextOptions | None = None,
     max_windows: int | None = None,
     progress: Progress | None = None,
+    processes: tuple[int, int] = (0, 1),
 ) -> Perplexity:
     """exp of the mean negative log-likelihood over the windows of a text, each window on its own.
 
     `name` is a protocol of `signbit.data.PROTOCOLS` or the path of a text or jsonl file; `options` are for the latter.
-    `max_windows` stops early, and the result says so. Raises DataError or OptionError for texts and options that do
-    not fit, WeightError if the model's logits are NaN.
+    `max_windows` stops early, and the result says so. `processes` is (place, number): each measures its share of the
+    windows, all return the whole. Raises DataError or OptionError for texts and options that do not fit, WeightError if
+    the model's logits are NaN.
     """
-    check(name, data_dir, options, max_windows)
-    windows, label, source, chosen = _prepare(name, tokenizer, data_dir, options)
-    if max_windows is not None and max_windows < len(windows):
-        label = f"{label}, first {max_windows} of {len(windows)} windows"
-        windows = windows[:max_windows]
-    device = next(model.parameters()).device
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and chosen.window > limit:
-        raise OptionError(
-            f"the model has {limit} positions, fewer than the window of {chosen.window} tokens of {label}"
-        )
-    begin, total, count = time.perf_counter(), 0.0, 0
-    for done, (ids, context) in enumerate(windows, start=1):
-        nll, tokens = _window_nll(model, ids.to(device), context)
-        if nll != nll:
-            raise WeightError(f"window {done} of {label}: the model's logits are NaN")
-        total, count = total + nll, count + tokens
+    windows = windows_of(
+        name, tokenizer, data_dir, options, max_windows, getattr(model.config, "max_position_embeddings", None)
+    )
+    device, (place, number) = next(model.parameters()).device, processes
+    begin, found = time.perf_counter(), Measured(windows)
+    mine = range(place, len(windows.cut), number)
+    for done, at in enumerate(mine, start=1):
+        ids, context = windows.cut[at]
+        found.add(at, *window_nll(model, ids.to(device), context))
         if progress is not None:
-            progress(done, len(windows), _exp(total / count))
-    return Perplexity(
-        label, _exp(total / count), total / count, len(windows), count, chosen.window, chosen.step, chosen.bos,
-        source, str(model.dtype).removeprefix("torch."), str(device), get_activations(model), time.perf_counter() - begin,
-    )  # fmt: skip
+            progress(done, len(mine), found.perplexity)
+    if number > 1:
+        for part in gather_object([found.counts]):
+            found.counts.update(part)
+    return found.result(model, str(device), time.perf_counter() - begin)
+
+
+class Measured:
+    """What was found in some windows of a text, summed in their order whoever measured them."""
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows = windows
+        self.counts: dict[int, tuple[float, int]] = {}
+
+    def add(self, window: int, nll: float, tokens: int) -> None:
+        """The sum of −ln p over the `tokens` of a window; raises WeightError if it is NaN."""
+        if nll != nll:
+            raise WeightError(f"window {window + 1} of {self.windows.label}: the model's logits are NaN")
+        self.counts[window] = nll, tokens
+
+    def _sums(self) -> tuple[float, int]:
+        total, count = 0.0, 0
+        for _, (nll, predicted) in sorted(self.counts.items()):
+            total, count = total + nll, count + predicted
+        return total, count
+
+    @property
+    def perplexity(self) -> float:
+        """That of the windows so far."""
+        total, count = self._sums()
+        return _exp(total / count)
+
+    def result(self, model: Any, device: str, seconds_s: float) -> Perplexity:
+        """The perplexity of all windows, and what it depends on."""
+        total, count = self._sums()
+        windows, chosen = self.windows, self.windows.options
+        return Perplexity(
+            windows.label, _exp(total / count), total / count, len(windows.cut), count, chosen.window, chosen.step,
+            chosen.bos, windows.source, str(model.dtype).removeprefix("torch."), device, get_activations(model), seconds_s,
+        )  # fmt: skip
 
 
 def _exp(nll: float) -> float:

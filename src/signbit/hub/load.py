@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from signbit import format as packed_format
 from signbit.errors import FormatError, OptionError, SignbitError
+from signbit.models.structure import find_blocks
 
 #: What PEFT writes beside an adapter.
 _ADAPTER = "adapter_config.json"
@@ -151,24 +152,27 @@ def load_source(model: str, device: str = "cpu", skeleton: bool = False) -> Any:
     with _explained(model):
         config = _source_config(model)
         if skeleton:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+            return _skeleton(config)
         return _from_pretrained(model, dtype="auto").to(device).eval()
 
 
-def load_streamed(model: str, blocks: str, folder: str | Path, device: str = "cpu") -> tuple[Any, Mapping[str, Tensor]]:
-    """The model to quantize without the weights of its blocks, which stay on the disk, and those by name.
+def load_streamed(
+    model: str, blocks: str, folder: str | Path, device: str = "cpu", dtype: str | None = None
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """A model without the weights of its blocks, which stay on the disk, and those by name, as they are stored.
 
     `blocks` is the name of the list of blocks. What stands outside of it is on `device`. The weights are read from the
     model's own files when they are asked for; those that transformers converts while it loads (experts that it fuses)
-    are written to `folder` first. Raises FormatError as `load_source` does.
+    are written to `folder` first. Without `dtype` it is a model to quantize, as stored; with one of `DTYPES` any, packed
+    too, as `load_any` loads it. Raises FormatError as `load_source` does.
     """
     _check_directory(model)
     with _explained(model):
-        _source_config(model)
-        skeleton = load_source(model, skeleton=True)
-        places = dict.fromkeys(_outside(skeleton, blocks), "cpu") | {blocks: "disk"}
-        loaded = _from_pretrained(model, dtype="auto", device_map=places, offload_folder=str(folder)).eval()
+        config = load_config(model, packed=dtype is not None)
+        places = dict.fromkeys(_outside(_skeleton(config), blocks), "cpu") | {blocks: "disk"}
+        chosen = "auto" if dtype is None else _torch_dtype(dtype, device)
+        read = load if is_packed(model) else _from_pretrained
+        loaded = read(model, dtype=chosen, device_map=places, offload_folder=str(folder)).eval()
     hooks = [getattr(module, "_hf_hook", None) for module in loaded.get_submodule(blocks).modules()]
     weights = next(w for hook in hooks if (w := getattr(hook, "weights_map", None)) is not None)
     remove_hook_from_submodules(loaded)
@@ -177,6 +181,19 @@ def load_streamed(model: str, blocks: str, folder: str | Path, device: str = "cp
         if part is not None:
             part.to(device)
     return loaded, weights.dataset if isinstance(weights, PrefixedDataset) else weights
+
+
+def _skeleton(config: Any) -> Any:
+    """The model of `config` in full precision on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+
+
+def blocks_of(model: str) -> str:
+    """The name of the list of blocks of any model, packed or not; no weight is read. Raises FormatError, StructureError."""
+    config = load_config(model, packed=True)
+    with _explained(model):
+        return find_blocks(_skeleton(config))[0]
 
 
 def _outside(model: torch.nn.Module, blocks: str) -> list[str]:

@@ -90,7 +90,13 @@ def attach_(model: nn.Module, config: SignbitConfig, report: Report) -> None:
 
 
 def prepare_(model: nn.Module) -> None:
-    """Brings the packed layers of `model` into the order of the kernels.
+    """Brings the packed layers of `model` into the order of the kernels, those with one input into one launch."""
+    prepare_layers_(model)
+    fuse_(model)
+
+
+def prepare_layers_(model: nn.Module) -> None:
+    """Brings the packed layers of `model`, or of a part of one, into the order of the kernels.
 
     A layer that the kernels do not multiply is slow: one warning says how many there are and why.
     """
@@ -98,7 +104,6 @@ def prepare_(model: nn.Module) -> None:
     reasons = Counter(reason for layer in layers if (reason := layer.prepare()) is not None)
     for reason, count in reasons.items():
         logger.warning_once(f"signbit: {count} of {len(layers)} packed layers are multiplied by plain torch: {reason}")
-    fuse_(model)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -129,10 +129,10 @@ class StreamedBlocks(ptq.Blocks):
             record = {"decisions": [asdict(decision) for decision in decisions], "layers": layers}
             self.parts.put(self.part(index), tensors, record)
         block.to("meta")
-        _release_memory()
+        release_memory()
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Gives back what a block took: cycles that hold its file open, and the heap that it left in pieces."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library than glibc

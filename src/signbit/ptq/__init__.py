@@ -15,7 +15,7 @@ from signbit.ptq.quantize import (
     memory,
     quantize_,
 )
-from signbit.ptq.streams import Where
+from signbit.ptq.streams import Stream, Where
 
 __all__ = [
     "LINEAR",
@@ -24,6 +24,7 @@ __all__ = [
     "Memory",
     "Plan",
     "Progress",
+    "Stream",
     "Walk",
     "Where",
     "check_finite",

@@ -32,15 +32,22 @@ class Stream:
     windows, block i runs on what the model then hands it, and the pass ends there. So every block gets its own
     positional and keyword arguments (masks, positions, caches by layer type), none of them guessed or stored.
 
-    `windows` int64 [samples, T], of which `BATCH` go together; what a block returns is kept per batch on the `device`,
-    the `cpu`, or the disk under `folder`.
+    `windows` int64 [samples, T], of which `batch` (default: `BATCH`) go together; what a block returns is kept per batch
+    on the `device`, the `cpu`, or the disk under `folder`.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: nn.ModuleList, windows: Tensor, device: str, where: Where, folder: Path | None
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        windows: Tensor,
+        device: str,
+        where: Where,
+        folder: Path | None,
+        batch: int | None = None,
     ) -> None:
         self._model, self._blocks = model, blocks
-        self._batches = windows.split(BATCH[torch.device(device).type == "cpu"])
+        self._batches = windows.split(batch or BATCH[torch.device(device).type == "cpu"])
         self._device, self._where, self._folder = device, where, folder
         self._kept: dict[int, list[Any]] = {}
         self._spec: TreeSpec | None = None
@@ -71,6 +78,14 @@ class Stream:
                 self._model(input_ids=self._batches[batch].to(self._device), use_cache=False)
         if keep and result:
             self._save(batch, result[0])
+
+    def finish(self, batch: int) -> Any:
+        """What the model makes of one batch in the end: its own forward, after what the last block returned."""
+        output = self._load(batch)
+        with ExitStack() as stack:
+            for block in self._blocks:
+                stack.enter_context(_replaying(block, output))
+            return self._model(input_ids=self._batches[batch].to(self._device), use_cache=False)
 
     def _save(self, batch: int, output: Any) -> None:
         leaves, self._spec = tree_flatten(output)
