@@ -51,15 +51,15 @@ def gpt2():
 
 
 def _opt(**changes):
-    config = t.OPTConfig(
-        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
-    )  # fmt: skip
-    return t.AutoModelForCausalLM.from_config(config).eval()
+    sizes = {
+        "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+        "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return t.AutoModelForCausalLM.from_config(t.OPTConfig(**{**sizes, **changes})).eval()
 
 
-def opt():
-    return _opt(word_embed_proj_dim=32)
+def opt(**changes):
+    return _opt(word_embed_proj_dim=32, **changes)
 
 
 def opt_350m():

@@ -148,6 +148,21 @@ ROWS = {
         ],
         1,
     ),
+    "wsc273": (
+        "wsc273/test.jsonl",
+        {
+            "text": "The fish ate the worm. It was tasty.",
+            "pronoun": "It",
+            "pronoun_loc": 23,
+            "options": ["The fish", "The worm"],
+            "label": 1,
+        },
+        [
+            ("The fish ate the worm. The fish", " was tasty."),
+            ("The fish ate the worm. The worm", " was tasty."),
+        ],
+        1,
+    ),
     "mmlu_anatomy": (
         "mmlu/anatomy/test.jsonl",
         {"question": " A lesion causes \n", "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "anatomy"},
@@ -214,7 +229,7 @@ def test_prompts_from_local_rows_are_those_of_the_harness(rows_dir):
         assert (question.task, list(question.pairs)) == (name, pairs)
         assert question.gold == (() if gold is None else (gold,))
         assert task.source == str(rows_dir / place)
-        if gold is not None and name != "winogrande":
+        if gold is not None and name not in ("winogrande", "wsc273"):
             assert question.lengths == tuple(len(continuation) - 1 for _, continuation in pairs)
 
 

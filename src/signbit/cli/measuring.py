@@ -250,14 +250,14 @@ def evaluate(argv: Sequence[str]) -> None:
             saved[model_name] = shares
     if not place.main:
         return
-    if results:
-        perplexities.print_perplexities(results, args.against, saved)
-    tasks.print_results(asked)
     found: dict[str, Any] = {"results": [{**r, "saved": saved.get(r["model"])} for r in results]}
     if asked:
         found["tasks"] = asked
     if paper is not None:
         found["table"] = tables.show(paper, models, results, asked, args.markdown)
+    else:
+        perplexities.print_perplexities(results, args.against, saved)
+        tasks.print_results(asked)
     write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), **found})
 
 

@@ -79,7 +79,9 @@ def offloaded(model_name: str, names: Sequence[str], args: Any) -> list[dict[str
 
 
 def print_perplexities(results: Sequence[dict[str, Any]], against: Sequence[str], saved: Saved) -> None:
-    """A line a model and protocol, with the ratio to the last of `against`."""
+    """A line a model and protocol, with the ratio to the last of `against`; nothing where there are none."""
+    if not results:
+        return
     anchors = {r["protocol"]: r["perplexity"] for r in results if r["model"] == (against or ("",))[-1]}
     rows = [
         (

@@ -144,7 +144,7 @@ def show(
                 if (note := _partial(column, figure[1])) is not None:
                     partial[note] = None
     lines = compared(table, measured)
-    notes = _notes(table, models, list(partial), asked)
+    notes = _notes(table, models, list(partial), results, asked)
     titles = ("model", "", *(column.title for column in table.columns))
     before = ""
     made = []
@@ -174,7 +174,10 @@ def show(
     }  # fmt: skip
 
 
-def _notes(table: Table, models: dict[str, str], partial: Sequence[str], asked: Sequence[Any]) -> list[str]:
+def _notes(
+    table: Table, models: dict[str, str], partial: Sequence[str], results: Sequence[Any], asked: Sequence[Any]
+) -> list[str]:
+    """What stands below the table: what was measured and how, what was not, and where its weights are."""
     notes = [f"only part of it was measured here: {'; '.join(partial)}"] if partial else []
     notes += [f"{model} is {place}" for model, place in models.items()]
     notes += [
@@ -182,12 +185,17 @@ def _notes(table: Table, models: dict[str, str], partial: Sequence[str], asked: 
         for c in table.columns
         if c.kind == "absent"
     ]
-    notes += [
-        f"tasks by {harness}; {bos}"
-        for harness, bos in dict.fromkeys((r["harness"], r["protocol"]["bos"]) for r in asked)
-    ]
-    if missing := [model for model in table.published if model not in models]:
-        notes.append(f"not measured: {', '.join(missing)} (--model NAME=DIR)")
+    notes += dict.fromkeys(
+        f"tasks by {run['harness']}; {p['bos']}; {p['dtype']}, {p['activations']} activations, {p['device']}"
+        for run in asked
+        for p in (run["protocol"],)
+    )
+    notes += dict.fromkeys(
+        f"perplexity in {r['dtype']}, {r['activations']} activations, {r['device']}" for r in results
+    )
+    missing = [model for model in table.published if model not in models]
+    if missing:
+        notes.append(f"not measured: {', '.join(missing) if models else 'all'} (--model NAME=DIR)")
     for model in missing:
         if (where := table.weights.get(model)) is not None:
             notes.append(f"weights of {model}: " + (where if " " in where else f"{where} on the hub (--model {model})"))

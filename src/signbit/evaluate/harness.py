@@ -28,6 +28,7 @@ _FOLDERS = (
     "storycloze",
     "super_glue",
     "winogrande",
+    "wsc273",
 )
 #: What a task's files are called under --data-dir, where it is not NAME/SPLIT.
 _PLACES = {

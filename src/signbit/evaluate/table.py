@@ -81,8 +81,8 @@ class Compared:
 def table_names() -> dict[str, str]:
     """The tables that signbit carries, and what each is."""
     folder = files("signbit.evaluate").joinpath("tables")
-    found = sorted((path for path in folder.iterdir() if path.name.endswith(".toml")), key=lambda path: path.name)
-    return {p.name.removesuffix(".toml"): parsed(p.read_text(encoding="utf-8"), p.name).about for p in found}
+    texts = {p.name.removesuffix(".toml"): p for p in folder.iterdir() if p.name.endswith(".toml")}
+    return {name: parsed(texts[name].read_text(encoding="utf-8"), name).about for name in sorted(texts)}
 
 
 def read_table(name: str) -> Table:

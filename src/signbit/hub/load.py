@@ -172,7 +172,9 @@ def load_streamed(
         places = dict.fromkeys(_outside(_skeleton(config), blocks), "cpu") | {blocks: "disk"}
         chosen = "auto" if dtype is None else _torch_dtype(dtype, device)
         read = load if is_packed(model) else _from_pretrained
-        loaded = read(model, dtype=chosen, device_map=places, offload_folder=str(folder)).eval()
+        loaded = read(
+            model, dtype=chosen, device_map=places, offload_folder=str(folder), offload_buffers=is_packed(model)
+        ).eval()
     hooks = [getattr(module, "_hf_hook", None) for module in loaded.get_submodule(blocks).modules()]
     weights = next(w for hook in hooks if (w := getattr(hook, "weights_map", None)) is not None)
     remove_hook_from_submodules(loaded)
