@@ -153,6 +153,27 @@ def test_long_windows_in_pieces_give_the_same(tokenizer, tmp_path):
     assert result.perplexity == pytest.approx(math.exp(want), rel=1e-6)
 
 
+def test_each_process_measures_its_share_of_the_windows(tokenizer, tmp_path, monkeypatch):
+    file = write_ids(tmp_path, [random.Random(0).randint(0, 60) for _ in range(150)])
+    options = TextOptions(window=20)
+    whole = perplexity(Known(), tokenizer, file, options=options)
+    shares = []
+
+    def gathered(parts):
+        shares.extend(dict(part) for part in parts)
+        return list(shares)
+
+    monkeypatch.setattr("signbit.evaluate.perplexity.gather_object", gathered)
+    models = [Known() for _ in range(3)]
+    found = [
+        perplexity(model, tokenizer, file, options=options, processes=(place, 3)) for place, model in enumerate(models)
+    ]
+    assert [len(model.seen) for model in models] == [3, 2, 2]
+    assert sorted(at for share in shares for at in share) == list(range(7))
+    # The last one has gathered from all: the sum is made in the order of the windows, as in one process.
+    assert (found[-1].nll, found[-1].predicted_tokens) == (whole.nll, whole.predicted_tokens)
+
+
 def test_fewer_windows_are_said(tokenizer, tmp_path):
     file = write_ids(tmp_path, range(50))
     result = perplexity(Known(), tokenizer, file, options=TextOptions(window=10), max_windows=2)

@@ -1,6 +1,7 @@
 """The papers' tables: their figures agree with themselves, their commands parse, and each runs on a tiny model."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -224,6 +225,14 @@ def test_errors_say_what_is_allowed(flags, message, capsys):
 def test_a_file_that_is_no_table_is_refused(text, message):
     with pytest.raises(OptionError, match=message.replace("[", r"\[")):
         parsed(text, "t.toml")
+
+
+def test_the_tables_of_the_page_are_those_that_there_are_and_its_example_is_one():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    listed = dict(re.findall(r"^\| `([\w.-]+)` \| [^|]* \| (\d+) \|", page, re.MULTILINE))
+    assert {name: int(count) for name, count in listed.items()} == TABLES
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert [column.kind for column in parsed(example, "page.toml").columns] == ["task", "perplexity", "mean"]
 
 
 def test_a_mean_needs_all_tasks_and_a_difference_both_values():

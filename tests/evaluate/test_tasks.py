@@ -556,6 +556,8 @@ def test_requests_travel_in_a_file(rows_dir, tmp_path):
 
     asked = harness_requests(["zeroshot6", "lambada_openai"], rows_dir)
     assert asked.groups[-1].name == "zeroshot6" and asked.groups[-1].suite
+    six = ("winogrande", "hellaswag", "piqa", "boolq", "arc_easy", "arc_challenge")
+    assert asked.groups[-1].tasks == tuple(task.name for task in asked.tasks[:6]) == six
     for name in ("r.jsonl", "r.jsonl.gz"):
         asked.write(tmp_path / name)
         assert read_requests(tmp_path / name) == asked
@@ -740,7 +742,9 @@ def test_a_killed_command_goes_on_where_it_was(stories, tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, capsys):
     many_requests(tmp_path / "r.jsonl")
+    (tmp_path / "story.txt").write_text("Once upon a time there was a little girl who had a dog and a red ball. " * 40)
     command = ["eval", stories, "--requests", str(tmp_path / "r.jsonl")]
+    command += ["--ppl", str(tmp_path / "story.txt"), "--window", "64"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "signbit"]
     env = {**os.environ, "SIGNBIT_CACHE": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -755,6 +759,8 @@ def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, c
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["tasks"][0]["processes"] == 2
     assert two["tasks"][0]["results"] == one["tasks"][0]["results"]
+    assert two["results"][0]["nll"] == one["results"][0]["nll"]
+    assert two["results"][0]["windows"] == one["results"][0]["windows"] > 4
 
 
 def test_answers_belong_to_all_files_of_a_model_and_of_the_one_beside_an_adapter(llama_dir, tmp_path):

@@ -131,6 +131,14 @@ class Windows:
     options: TextOptions
     cut: tuple[tuple[Tensor, int], ...]
 
+    def check_positions(self, model: Any) -> None:
+        """Raises OptionError if the configuration of `model` has fewer positions than a window has tokens."""
+        limit, window = getattr(model.config, "max_position_embeddings", None), self.options.window
+        if limit is not None and window > limit:
+            raise OptionError(
+                f"the model has {limit} positions, fewer than the window of {window} tokens of {self.label}"
+            )
+
 
 def windows_of(
     name: str,
@@ -138,21 +146,13 @@ def windows_of(
     data_dir: str | Path | None = None,
     options: TextOptions | None = None,
     max_windows: int | None = None,
-    positions: int | None = None,
 ) -> Windows:
-    """The windows of the protocol or file `name`, checked against the `positions` of a model.
-
-    Raises DataError or OptionError for texts and options that do not fit.
-    """
+    """The windows of the protocol or file `name`; raises DataError or OptionError for texts and options that do not fit."""
     check(name, data_dir, options, max_windows)
     cut, label, source, chosen = _prepare(name, tokenizer, data_dir, options)
     if max_windows is not None and max_windows < len(cut):
         label = f"{label}, first {max_windows} of {len(cut)} windows"
         cut = cut[:max_windows]
-    if positions is not None and chosen.window > positions:
-        raise OptionError(
-            f"the model has {positions} positions, fewer than the window of {chosen.window} tokens of {label}"
-        )
     return Windows(label, source, chosen, tuple(cut))
 
 
@@ -208,9 +208,8 @@ def perplexity(
     windows, all return the whole. Raises DataError or OptionError for texts and options that do not fit, WeightError if
     the model's logits are NaN.
     """
-    windows = windows_of(
-        name, tokenizer, data_dir, options, max_windows, getattr(model.config, "max_position_embeddings", None)
-    )
+    windows = windows_of(name, tokenizer, data_dir, options, max_windows)
+    windows.check_positions(model)
     device, (place, number) = next(model.parameters()).device, processes
     begin, found = time.perf_counter(), Measured(windows)
     mine = range(place, len(windows.cut), number)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from signbit import ptq
 from signbit.errors import OptionError, WeightError
-from signbit.evaluate.perplexity import Measured, Perplexity, TextOptions, logits_nll, windows_of
+from signbit.evaluate.perplexity import Measured, Perplexity, TextOptions, Windows, logits_nll, windows_of
 from signbit.hub.load import base_of, blocks_of, load_streamed, load_tokenizer, torch_device
 from signbit.hub.quantizer import prepare_layers_
 from signbit.hub.stream import release_memory
@@ -47,45 +47,57 @@ def offloaded_perplexities(
     if base_of(model) is not None:
         raise OptionError(f"{model} is an adapter, which stands beside a whole model: leave --offload out")
     name, tokenizer, begin = blocks_of(model), load_tokenizer(model), time.perf_counter()
+    texts = [windows_of(text, tokenizer, data_dir, options, max_windows) for text in names]
     with TemporaryDirectory(prefix="signbit-offload-") as folder, torch.inference_mode():
         with _no_word_of_offloading():
             loaded, weights = load_streamed(model, name, folder, device, dtype)
         set_activations(loaded, activations)
-        positions = getattr(loaded.config, "max_position_embeddings", None)
-        texts = [windows_of(text, tokenizer, data_dir, options, max_windows, positions) for text in names]
-        blocks: nn.ModuleList = loaded.get_submodule(name)
-        streams = []
+        for text in texts:
+            text.check_positions(loaded)
+        blocks, streams = loaded.get_submodule(name), []
         for place, text in enumerate(texts):
             windows = torch.stack([ids for ids, _ in text.cut])
             kept = Path(folder, f"text-{place}") if inputs_on == "disk" else None
             streams.append(ptq.Stream(loaded, blocks, windows, device, inputs_on, kept, batch=1))
-        done, total = 0, len(blocks) * sum(map(len, streams))
-        for index, block in enumerate(blocks):
-            _load(block, f"{name}.{index}", weights, device)
-            for stream in streams:
-                for window in range(len(stream)):
-                    _run(stream, index, window, f"{name}.{index} of {model}")
-                    done += 1
-                    if progress is not None:
-                        progress(done, total, index)
-            block.to("meta")
-            release_memory()
-        found = [Measured(text) for text in texts]
-        for measured, stream in zip(found, streams, strict=True):
-            for window, (ids, context) in enumerate(measured.windows.cut):
-                logits = stream.finish(window).logits[0]
-                measured.add(window, *logits_nll(logits, ids.to(device), context))
-        seconds_s = time.perf_counter() - begin
-        return [measured.result(loaded, str(torch.device(device)), seconds_s) for measured in found]
+        _walk(model, name, blocks, weights, streams, device, progress or (lambda done, total, block: None))
+        found = [_finished(text, stream, device) for text, stream in zip(texts, streams, strict=True)]
+        where, seconds_s = str(loaded.get_input_embeddings().weight.device), time.perf_counter() - begin
+        return [measured.result(loaded, where, seconds_s) for measured in found]
 
 
-def _run(stream: ptq.Stream, index: int, window: int, name: str) -> None:
-    try:
-        stream.run(index, window, keep=True)
-    except WeightError as error:
-        raise WeightError(
-            f"{name}: its output overflows or is NaN; repair the model, or take a larger --dtype"
-        ) from error
+def _walk(
+    model: str,
+    name: str,
+    blocks: nn.ModuleList,
+    weights: Mapping[str, Tensor],
+    streams: Sequence[ptq.Stream],
+    device: str,
+    progress: Progress,
+) -> None:
+    """All windows through each of the `blocks`, which is real only while they go through it."""
+    done, total = 0, len(blocks) * sum(map(len, streams))
+    for index, block in enumerate(blocks):
+        _load(block, f"{name}.{index}", weights, device)
+        for stream in streams:
+            for window in range(len(stream)):
+                try:
+                    stream.run(index, window, keep=True)
+                except WeightError as error:
+                    raise WeightError(
+                        f"{name}.{index} of {model}: its output overflows or is NaN; repair the model, or take a larger --dtype"
+                    ) from error
+                done += 1
+                progress(done, total, index)
+        block.to("meta")
+        release_memory()
+
+
+def _finished(text: Windows, stream: ptq.Stream, device: str) -> Measured:
+    """What follows the last block, for each window of a text."""
+    measured = Measured(text)
+    for window, (ids, context) in enumerate(text.cut):
+        measured.add(window, *logits_nll(stream.finish(window).logits[0], ids.to(device), context))
+    return measured
 
 
 def _load(block: nn.Module, prefix: str, weights: Mapping[str, Tensor], device: str) -> None:

@@ -275,9 +275,9 @@ def _pack_skeleton(model: nn.Module, description: Description, headers: Mapping[
             raise FormatError(f"{name} is {expected} in config.json, {tuple(weight.shape)} in the model it describes")
         dtype = torch.get_default_dtype() if bias is None else bias.dtype
         layer = PackedLinear.from_spec(spec, lengths.get(name, {}), dtype, "meta")
-        for tensor in layer.buffers():
+        for buffer in layer.buffers():
             # What stays on the disk, transformers would make random numbers of (GPT-2's c_proj).
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
         set_module(model, place, layer)
     embeddings: dict[str, tuple[str, Int8Embedding]] = {}
     for name, int8 in sorted(description.int8.items(), key=lambda item: item[1].kind):  # embeddings first
