@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,7 +155,7 @@ def test_long_windows_in_pieces_give_the_same(tokenizer, tmp_path):
 
 
 def test_each_process_measures_its_share_of_the_windows(tokenizer, tmp_path, monkeypatch):
-    file = write_ids(tmp_path, [random.Random(0).randint(0, 60) for _ in range(150)])
+    file = write_ids(tmp_path, random.Random(0).choices(range(61), k=150))
     options = TextOptions(window=20)
     whole = perplexity(Known(), tokenizer, file, options=options)
     shares = []
@@ -163,7 +164,7 @@ def test_each_process_measures_its_share_of_the_windows(tokenizer, tmp_path, mon
         shares.extend(dict(part) for part in parts)
         return list(shares)
 
-    monkeypatch.setattr("signbit.evaluate.perplexity.gather_object", gathered)
+    monkeypatch.setattr(sys.modules["signbit.evaluate.perplexity"], "gather_object", gathered)
     models = [Known() for _ in range(3)]
     found = [
         perplexity(model, tokenizer, file, options=options, processes=(place, 3)) for place, model in enumerate(models)
@@ -312,16 +313,12 @@ def test_the_shipped_excerpt_is_small_and_named():
 
 
 def test_hub_sets_without_a_hub_say_what_to_do(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the package datasets.*--data-dir"):
         read_set(PROTOCOLS["ptb"])
 
 
 def test_hub_rows_are_read_through_datasets(monkeypatch):
-    import sys
-
     calls = []
 
     def load_dataset(*arguments, **keywords):

@@ -158,8 +158,8 @@ ROWS = {
             "label": 1,
         },
         [
-            ("The fish ate the worm. The fish", " was tasty."),
-            ("The fish ate the worm. The worm", " was tasty."),
+            ("The fish ate the worm. The fish", "  was tasty."),  # lm-eval puts a blank before the text's own
+            ("The fish ate the worm. The worm", "  was tasty."),
         ],
         1,
     ),
