@@ -43,8 +43,14 @@ def deep_dir(tokenizer, tmp_path):
     return str(tmp_path / "deep")
 
 
-@pytest.mark.parametrize("form", ["dense", "packed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        pytest.param(family, form, marks=pytest.mark.slow if family in MIXTURES and form == "packed" else ())
+        for family in FAMILIES
+        for form in ("dense", "packed")
+    ],
+)
 def test_the_number_is_that_of_the_whole_model(family, form, tokenizer, text, tmp_path):
     torch.manual_seed(0)
     model = FAMILIES[family]().to(torch.bfloat16)
