@@ -9,6 +9,7 @@ from signbit.cli.data import DataOptions, data
 from signbit.cli.importing import ImportOptions, import_checkpoint
 from signbit.cli.measuring import DoctorOptions, EvalOptions, InfoOptions, MemoryOptions, doctor, evaluate, info, memory
 from signbit.cli.quantizing import QuantizeOptions, quantize
+from signbit.cli.reporting import CompareOptions, DiffOptions, ReportOptions, compare, diff, report
 from signbit.cli.running import ChatOptions, PromptOptions, chat, generate
 from signbit.cli.training import (
     DistillOptions,
@@ -41,6 +42,9 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "info": (info, InfoOptions),
     "memory": (memory, MemoryOptions),
     "eval": (evaluate, EvalOptions),
+    "report": (report, ReportOptions),
+    "compare": (compare, CompareOptions),
+    "diff": (diff, DiffOptions),
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),
     "doctor": (doctor, DoctorOptions),
@@ -88,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "finetune": "; with --resume it goes on at the last checkpoint",
             "pretrain": "; with --resume it goes on at the last checkpoint",
             "data": "; the same command goes on with what is written",
+            "report": "; the same command goes on with what is measured",
+            "compare": "; the same command goes on with what is measured",
             "eval": "; the same command goes on with the answers to tasks that are written",
         }
         resume = resumes.get(argv[0], "")

@@ -209,6 +209,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from signbit.evaluate.perplexity import check
     from signbit.evaluate.size import measure_size
     from signbit.hub.load import base_of, load_any, load_tokenizer
+    from signbit.hub.subject import Subject, Where, perplexity_protocol
     from signbit.linear import PackedLinear, set_activations
 
     quiet()
@@ -230,6 +231,7 @@ def evaluate(argv: Sequence[str]) -> None:
         check(name, args.data_dir, args.text, args.max_windows)
     results: list[dict[str, Any]] = []
     asked: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     saved: dict[str, tuple[float, float]] = {}
     for model_name in (args.model, *args.against):
         model = load_any(model_name, args.run.dtype, place.device(args.run.device))
@@ -240,7 +242,15 @@ def evaluate(argv: Sequence[str]) -> None:
         tokenizer = load_tokenizer(model_name)
         if not set_activations(model, args.run.activations) and place.main:
             note(f"{model_name} has no packed layer; its activations stay exact")
-        results += [_perplexity(model, tokenizer, model_name, name, args, saved) for name in names]
+        where = Where(args.run.device, args.run.dtype, args.run.activations)
+        subject = Subject(Path(model_name).name, model_name, where)
+        for name in names:
+            result = _perplexity(model, tokenizer, model_name, name, args, saved)
+            of = perplexity_protocol(name, args.data_dir, args.max_windows, args.text)
+            subject.keep("perplexity", of, {k: v for k, v in result.items() if k not in ("model", "saved")})
+            results.append(result)
+        if place.main and args.json is not None:
+            facts.append(subject.facts().to_dict())
         if requests is not None:
             asked.append(tasks.answered(model, tokenizer, model_name, requests, args, place))
         del model
@@ -249,7 +259,7 @@ def evaluate(argv: Sequence[str]) -> None:
     if results:
         _print_perplexities(results, args.against, saved)
     tasks.print_results(asked)
-    found = {"results": results} | ({"tasks": asked} if asked else {})
+    found = {"models": facts, "results": results} | ({"tasks": asked} if asked else {})
     write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), **found})
 
 
