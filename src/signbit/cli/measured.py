@@ -36,6 +36,7 @@ def subjects(models: Sequence[str], args: Any) -> list[Subject]:
 def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[list[Facts], Facts | None]:
     """All that is asked of `models`, then the models of --results that are elsewhere; and the teacher, their last."""
     from signbit.cli import tasks
+    from signbit.data import PROTOCOLS
     from signbit.evaluate.facts import merged, read_results
     from signbit.evaluate.perplexity import check
     from signbit.hub.subject import named
@@ -46,7 +47,7 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
         read += read_results(path, name if text != path else None)
     protocols = [] if args.ppl == "none" else [name.strip() for name in args.ppl.split(",") if name.strip()]
     for name in protocols:
-        check(name, args.data_dir, None, args.max_windows)
+        check(name, args.data_dir, args.text if name not in PROTOCOLS else None, args.max_windows)
     place = tasks.Place()
     if place.number > 1:
         raise OptionError("a report is made in one process; score tasks with signbit eval in several, then --results")
@@ -54,10 +55,12 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
     requests = tasks.requests(SimpleNamespace(**options, export_requests=None), place)
     teacher = models[-1] if has_teacher else None
     known = {facts.model_sha256: facts for facts in read if facts.model_sha256 is not None}
+    # First, while no other model takes memory.
+    speeds = [None if "speed" in args.skip else _speed(subject, known.get(subject.sha256)) for subject in models]
     at_hand = []
-    for subject in models:
-        there = known.get(subject.sha256)
-        at_hand.append(_measure(subject, there, teacher, protocols, requests, args))
+    for subject, speed in zip(models, speeds, strict=True):
+        facts = _measure(subject, known.get(subject.sha256), teacher, protocols, requests, args)
+        at_hand.append(replace(facts, speed=speed))
         if subject is not teacher:
             subject.release()
     found = merged(at_hand, read)
@@ -79,28 +82,35 @@ def _measure(
         facts = _beside(facts, subject, teacher, args)
     if "samples" not in args.skip:
         facts = replace(facts, samples=_samples(subject, args))
-    if "speed" not in args.skip and (there is None or there.speed is None):
-        from signbit.evaluate.speed import SpeedOptions
-
-        subject.release()  # the process that is timed needs the memory
-        with Bars() as bars:
-            bars(f"{subject.name}: speed", 0, None, "")
-            facts = replace(facts, speed=subject.speed(SpeedOptions()))
     return facts
 
 
+def _speed(subject: Subject, there: Facts | None) -> dict[str, Any] | None:
+    """Speed here, unless a file of results has it."""
+    if there is not None and there.speed is not None:
+        return None
+    from signbit.evaluate.speed import SpeedOptions
+
+    with Bars() as bars:
+        bars(f"{subject.name}: speed", 0, None, "")
+        return subject.speed(SpeedOptions())
+
+
 def _perplexity(subject: Subject, name: str, args: Any) -> dict[str, Any]:
+    from signbit.data import PROTOCOLS
     from signbit.evaluate.perplexity import perplexity
     from signbit.hub.subject import perplexity_protocol
+
+    options = None if name in PROTOCOLS else args.text
 
     def measure() -> dict[str, Any]:
         with Bars() as bars:
             return perplexity(
-                subject.model, subject.tokenizer, name, args.data_dir, None, args.max_windows,
+                subject.model, subject.tokenizer, name, args.data_dir, options, args.max_windows,
                 lambda done, total, value: bars(f"{subject.name} {name}", done, total, f"ppl {value:.2f}"),
             ).to_dict()  # fmt: skip
 
-    protocol = perplexity_protocol(name, args.data_dir, args.max_windows)
+    protocol = perplexity_protocol(name, args.data_dir, args.max_windows, options)
     return subject.known("perplexity", protocol, measure)
 
 

@@ -24,7 +24,8 @@ class MeasureOptions:
     """What is measured of each model; what was measured before is taken."""
 
     ppl: str = "wikitext2"
-    """Protocols or text files, divided by commas (signbit eval --list); none measures none."""
+    """Protocols or text files, divided by commas (signbit eval --list); none measures none. --window, --stride and --bos
+    are for the files."""
     max_windows: int | None = None
     """Stop perplexity after this many windows; the result says so."""
     tasks: str | None = None
@@ -106,7 +107,9 @@ class DiffOptions:
 
 def report(argv: Sequence[str]) -> None:
     """`signbit report`."""
-    args = parse("report", argv, ReportOptions, run=RunOptions)
+    from signbit.evaluate.perplexity import TextOptions
+
+    args = parse("report", argv, ReportOptions, text=TextOptions, run=RunOptions)
     from signbit.evaluate.doctor import versions
     from signbit.evaluate.page import html, markdown
     from signbit.evaluate.plot import check_plot
@@ -137,7 +140,9 @@ def report(argv: Sequence[str]) -> None:
 
 def compare(argv: Sequence[str]) -> None:
     """`signbit compare`."""
-    args = parse("compare", argv, CompareOptions, run=RunOptions)
+    from signbit.evaluate.perplexity import TextOptions
+
+    args = parse("compare", argv, CompareOptions, text=TextOptions, run=RunOptions)
     from signbit.evaluate.doctor import versions
     from signbit.evaluate.page import Table
     from signbit.evaluate.report import make_page, summary

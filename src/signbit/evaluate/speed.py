@@ -70,7 +70,9 @@ def backend(model: Any) -> str:
     chosen = explain(next(model.parameters()).device)[0].backend
     found = multiplied(model)
     left = found.layers - found.kernels
-    return f"{chosen}, {left} of {found.layers} layers by torch" if left and chosen != "reference" else chosen
+    if left == found.layers or chosen == "reference":
+        return "reference (plain torch)"
+    return f"{chosen}, {left} of {found.layers} layers by torch" if left else chosen
 
 
 def machine(device: str) -> str:
@@ -115,26 +117,23 @@ def _timed(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
 def speed(load: Callable[[], Any], options: SpeedOptions, device: str) -> Speed:
     """Loads a model by `load` and times it; medians over `options.repeats`, behind one run that is not counted.
 
-    Raises OptionError if prompt and new tokens are more than the model's positions.
+    A model with fewer positions than are asked for reads and writes less, which the result says.
     """
     cuda = torch.device(device).type == "cuda"
     before = 0 if cuda else resident_bytes()
     begin = time.perf_counter()
     model = load()
     load_s = time.perf_counter() - begin
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and options.prompt_tokens + options.new_tokens > limit:
-        raise OptionError(
-            f"{options.prompt_tokens} + {options.new_tokens} tokens are more than the model's {limit} positions; "
-            "lower --prompt-tokens or --new-tokens"
-        )
+    limit = getattr(model.config, "max_position_embeddings", None) or options.prompt_tokens + options.new_tokens
+    new_tokens = min(options.new_tokens, limit // 2)
+    prompt_tokens = min(options.prompt_tokens, limit - new_tokens)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = (torch.arange(options.prompt_tokens) * 7919 % vocabulary)[None].to(device)
+    ids = (torch.arange(prompt_tokens) * 7919 % vocabulary)[None].to(device)
     _timed(model, ids, 2)
-    reading, writing = zip(*(_timed(model, ids, options.new_tokens) for _ in range(options.repeats)), strict=True)
+    reading, writing = zip(*(_timed(model, ids, new_tokens) for _ in range(options.repeats)), strict=True)
     return Speed(
-        load_s, options.prompt_tokens / statistics.median(reading), (options.new_tokens - 1) / statistics.median(writing),
+        load_s, prompt_tokens / statistics.median(reading), (new_tokens - 1) / statistics.median(writing),
         torch.cuda.max_memory_allocated(device) if cuda else resident_bytes(peak=True), before, backend(model),
-        options.prompt_tokens, options.new_tokens, options.repeats, str(model.dtype).removeprefix("torch."), device,
+        prompt_tokens, new_tokens, options.repeats, str(model.dtype).removeprefix("torch."), device,
         get_activations(model), machine(device),
     )  # fmt: skip

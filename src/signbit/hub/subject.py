@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from signbit.evaluate.perplexity import TextOptions
 from signbit.evaluate.size import dense_size, measure_size
 from signbit.evaluate.speed import Speed, SpeedOptions, machine, speed
 from signbit.hub.distill import is_run, load_latent
-from signbit.hub.load import base_of, is_packed, load_any, load_tokenizer
+from signbit.hub.load import base_of, is_packed, load_any, load_config, load_tokenizer
 from signbit.hub.stream import source_digests
 from signbit.linear import set_activations
 from signbit.version import VERSION
@@ -59,8 +60,7 @@ class Subject:
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 over the digests of its files, as `signbit eval --json` has it."""
-        import hashlib
-
+        load_config(base_of(self.place) or self.place, packed=True)  # which says what is wrong with a place
         return hashlib.sha256(repr(sorted(model_digests(self.place).items())).encode()).hexdigest()
 
     @functools.cached_property
@@ -177,9 +177,6 @@ def _main() -> None:
     """Answers what `_speed_alone` asks, on a line of JSON."""
     from transformers.utils import logging
 
-    from signbit.hub.register import register
-
-    register()
     logging.disable_progress_bar()
     place, where, options = json.load(sys.stdin)
     subject = Subject("", place, Where(**where))
