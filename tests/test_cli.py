@@ -51,10 +51,13 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "source", "prompt", "teacher", "run", "kind"}
-    options -= {"start"} if verb == "finetune" else set()  # stands without a flag there
-    options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat") else set()
+    # Stand without a flag there.
+    options -= {"finetune": {"start"}, "compare": {"models"}, "diff": {"a", "b"}}.get(verb, set())
+    options |= (
+        {"device", "dtype", "activations"} if verb in ("eval", "report", "compare", "generate", "chat") else set()
+    )
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC"}
+    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC", "diff": "A"}
     assert {**positional, "data": "{self-generate,teacher-logits}"}.get(verb, "MODEL") in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out

@@ -71,8 +71,8 @@ class ReportOptions(MeasureOptions):
     """A model to stand beside it; the last one is the teacher. NAME=MODEL names it; may be repeated."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = "report"
     """Folder to write: report.md, report.html, report.json, quality.png, layers.png."""
-    card: bool = True
-    """Put the facts into the model card (README.md) of MODEL, if it is a packed directory."""
+    no_card: bool = False
+    """Leave the model card (README.md) of MODEL alone, which else gets the same facts if it is a packed directory."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def report(argv: Sequence[str]) -> None:
     write_json(args.json, facts)
     print(f"wrote {folder}/report.html, report.md, report.json")
     place = subjects[0].place
-    if args.card and is_packed(place):
+    if not args.no_card and is_packed(place):
         card = Path(place) / "README.md"
         before = card.read_text(encoding="utf-8") if card.is_file() else ""
         _write(card, with_report(before, markdown(page, level=2, pictures=False)))

@@ -125,20 +125,21 @@ _HTML = """<!doctype html>
 }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground); margin: 0 auto;
-  max-width: 62rem; padding: 1.2rem clamp(.9rem, 4vw, 2.5rem) 4rem; overflow-wrap: break-word; }
+  max-width: 76rem; padding: 1.2rem clamp(.9rem, 4vw, 2.5rem) 4rem; overflow-wrap: break-word; }
 h1 { font-size: clamp(1.4rem, 5vw, 2rem); line-height: 1.2; margin: .6em 0 .3em; }
 h2 { font-size: 1.2rem; margin: 2.2em 0 .5em; border-bottom: 1px solid var(--line); padding-bottom: .25em; }
+p { max-width: 52rem; }
 p.about, p.note { color: var(--soft); }
 p.note { font-size: .9rem; margin-top: .4rem; }
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; background: var(--shade); }
+th, td { padding: .38rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { font-weight: 600; background: var(--shade); white-space: normal; vertical-align: bottom; }
 td.words { white-space: normal; min-width: 15rem; text-align: left; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); font-weight: 600; }
 @media (max-width: 40rem) { th:first-child, td:first-child { max-width: 42vw; white-space: normal; } }
 th:first-child { background: var(--shade); }
-img { max-width: 100%; height: auto; display: block; }
+img { width: 46rem; max-width: 100%; height: auto; display: block; }
 pre { background: var(--shade); padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; font-size: .85rem; }
 blockquote { margin: .8rem 0; padding: .1rem 1rem; border-left: 3px solid var(--line); }
 blockquote cite { display: block; color: var(--soft); font-style: normal; font-size: .9rem; }

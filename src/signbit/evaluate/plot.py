@@ -48,7 +48,7 @@ def plot_layers(report: Report, path: str | Path, title: str, of: str = "the out
     from matplotlib.figure import Figure
 
     known = [d.error for layers in curves.values() for _, d in layers if d.error is not None]
-    figure = Figure(figsize=(9, 6.5 if known else 3.4), layout="constrained")
+    figure = Figure(figsize=(7, 6.4 if known else 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     if known:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -110,7 +110,7 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.9 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.7 * len(panels)), layout="constrained")  # readable on a phone too
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         front = pareto(panel.points, panel.better)
@@ -119,14 +119,15 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
         for place, (name, size, value) in enumerate(panel.points):
             on = place in front
             axes.scatter(size / 1e6, value, s=55, color="C0" if on else "white", edgecolors="C0", zorder=2)
+            largest = size == max(s for _, s, _ in panel.points)
             axes.annotate(
-                name, (size / 1e6, value), xytext=(7, 7), textcoords="offset points", fontsize=9,
-                weight="bold" if on else "normal",
+                name, (size / 1e6, value), xytext=(-7, 8) if largest else (7, 8 if panel.better < 0 else -13), textcoords="offset points", fontsize=9,
+                weight="bold" if on else "normal", horizontalalignment="right" if largest else "left",
             )  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="minor", labelsize=7)
+        axes.tick_params(axis="x", which="minor", labelsize=8)
         if panel.logarithmic:
             axes.set_yscale("log")
         axes.margins(x=0.15, y=0.18)

@@ -25,7 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def percent(value: float | None) -> str:
     """A share for people."""
-    return MISSING if value is None else f"{value:.1%}"
+    return MISSING if value is None else f"{round(value, 3) + 0.0:.1%}"
 
 
 def megabytes(count: float | None) -> str:
@@ -132,25 +132,38 @@ def _tasks(models: Sequence[Facts], teacher: Facts | None) -> Section:
     asked = [facts for facts in models if facts.tasks]
     if not asked:
         return Section("Tasks", ["No task was asked (--tasks, --requests, or --results with them)."])
-    rows, how = [], []
+    by_task: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
+    how: list[str] = []
     for facts in asked:
         for run, result in facts.results():
-            part = "" if result["documents"] == result["of"] else f" of {result['of']}"
-            shots = "" if result["few_shot"] is None else str(result["few_shot"])
-            chance = percent(result["chance"])
-            scores = score(result, "acc"), score(result, "acc_norm")
-            rows.append((facts.name, result["name"], *scores, chance, shots, f"{result['documents']}{part}"))
+            by_task.setdefault((result["name"], result["few_shot"]), {})[facts.name] = result
             protocol = run["protocol"]
             line = (
                 f"{facts.name}: {run['harness']}; {protocol['bos']}; {protocol['dtype']}, {protocol['activations']} "
                 f"activations, {protocol['device']}."
             )
             how += [line] if line not in how else []
-    columns = ("model", "task", "acc", "acc_norm", "chance", "shots", "documents")
+    rows = [
+        (name, metric, percent(first["chance"]), "" if shots is None else str(shots), _documents(found), *scores)
+        for (name, shots), found in by_task.items()
+        for first in [next(iter(found.values()))]
+        for metric in ("acc", "acc_norm")
+        for scores in [[score(found[facts.name], metric) if facts.name in found else MISSING for facts in asked]]
+        if any(cell != MISSING for cell in scores)
+    ]
+    columns = ("task", "metric", "chance", "shots", "documents", *(facts.name for facts in asked))
     lacking = [facts.name for facts in models if not facts.tasks]
     how += [f"Not asked: {', '.join(lacking)}."] if lacking else []
     parts: list[Part] = [Table(columns, rows, " ".join(how))]
     return Section("Tasks", [*_kept(models, teacher), *parts])
+
+
+def _documents(found: dict[str, dict[str, Any]]) -> str:
+    """How many documents were asked, of how many; of each model where they differ."""
+    counts = {name: f"{result['documents']} of {result['of']}" for name, result in found.items()}
+    if len(set(counts.values())) == 1:
+        return next(iter(counts.values()))
+    return "; ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _kept(models: Sequence[Facts], teacher: Facts | None) -> list[Part]:
