@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 import signbit
 from signbit.cli import main
 from signbit.errors import OptionError, StructureError
-from signbit.evaluate.difference import differences
+from signbit.evaluate.difference import compared, differences
 from signbit.hub.agreement import agreement, exact_agreement, text_tokens
 from signbit.hub.load import load_any, load_tokenizer
 from signbit.hub.subject import Subject, Where, named
@@ -70,6 +70,13 @@ def test_a_flipped_sign_and_a_changed_norm_are_found(llama, llama_dir):
     ]
     assert found.differing[0].sign_agreement == pytest.approx(1 - 1 / weight.numel())
     assert found.only == ((), ())
+
+
+def test_the_sign_of_zero_is_plus_and_the_error_is_of_the_other_s_energy():
+    mine, its = torch.tensor([[0.0, -1.0, 2.0, -3.0]]), torch.tensor([[1.0, -0.0, -2.0, -3.0]])
+    assert compared(mine, its) == (0.5, pytest.approx(18 / 14), False)
+    assert compared(its, its) == (1.0, 0.0, True)
+    assert compared(mine, torch.zeros(1, 4))[1] == 1
 
 
 def test_models_of_other_shapes_and_names_are_refused(llama):

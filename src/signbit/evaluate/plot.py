@@ -120,9 +120,10 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
             on = place in front
             axes.scatter(size / 1e6, value, s=55, color="C0" if on else "white", edgecolors="C0", zorder=2)
             largest = size == max(s for _, s, _ in panel.points)
+            above = largest or panel.better < 0  # off the line
             axes.annotate(
-                name, (size / 1e6, value), xytext=(-7, 8) if largest else (7, 8 if panel.better < 0 else -13), textcoords="offset points", fontsize=9,
-                weight="bold" if on else "normal", horizontalalignment="right" if largest else "left",
+                name, (size / 1e6, value), xytext=(-7 if largest else 7, 8 if above else -13), textcoords="offset points",
+                fontsize=9, weight="bold" if on else "normal", horizontalalignment="right" if largest else "left",
             )  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
