@@ -121,6 +121,11 @@ def test_kl_and_top1_over_the_whole_vocabulary_are_what_their_definitions_say(pa
     assert agreement(b, teacher, "t", "b", file, 64).kl == pytest.approx(0, abs=1e-4)
 
 
+def test_the_text_that_signbit_carries_is_at_hand(tokenizer):
+    file = text_tokens(tokenizer, "casterbridge", None, 256)
+    assert (file.tokens, file.source) == (256, "casterbridge")
+
+
 def test_what_agreement_refuses(llama_dir, llama, text):
     file = text_tokens(load_tokenizer(llama_dir), text, None, 100)
     with pytest.raises(OptionError, match="--block is 200 tokens, and the model has 128 positions"):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from signbit.data import Blocks, TaughtBlocks, TokenFile, parse_source, read_teacher_logits, token_file
+from signbit.data import (
+    PROTOCOLS,
+    Blocks,
+    Source,
+    TaughtBlocks,
+    TokenFile,
+    parse_source,
+    read_teacher_logits,
+    token_file,
+)
 from signbit.data import write_teacher_logits as write
 from signbit.data.corpus import file_digest
 from signbit.errors import DataError, OptionError, WeightError
@@ -61,9 +71,12 @@ def _averaged(rows: list[tuple[float, float, float, int]]) -> tuple[float, float
 
 def text_tokens(tokenizer: Any, text: str, data_dir: str | None, limit: int) -> TokenFile:
     """The first `limit` tokens of a named set or a file, kept where measurements are."""
+    folder, protocol = cache_folder() / "tokens", PROTOCOLS.get(text)
+    if protocol is not None and protocol.hub is None:  # it lies in the package
+        with as_file(files("signbit.data").joinpath("texts", protocol.local[0])) as path:
+            return replace(token_file(tokenizer, Source(str(path), 1.0, limit), folder), source=text)
     source = parse_source(text)
-    source = replace(source, max_tokens=source.max_tokens or limit)
-    return token_file(tokenizer, source, cache_folder() / "tokens", data_dir)
+    return token_file(tokenizer, replace(source, max_tokens=source.max_tokens or limit), folder, data_dir)
 
 
 def _blocks(model: Any, file: TokenFile, length: int) -> Blocks:
