@@ -10,11 +10,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
-from signbit.errors import OptionError, StructureError
+from signbit.errors import OptionError, SignbitError, StructureError
 from signbit.evaluate.difference import compared, differences
+from signbit.evaluate.speed import SpeedOptions
 from signbit.hub.agreement import agreement, exact_agreement, text_tokens
 from signbit.hub.load import load_any, load_tokenizer
-from signbit.hub.subject import Subject, Where, named
+from signbit.hub.subject import Subject, Where, _speed_alone, named
 from tests import families
 from tests.conftest import tiny_llama_config
 
@@ -154,6 +155,7 @@ def test_diff_shows_layers_and_answers(packed, llama_dir, text, tmp_path, capsys
     assert code == 1 and "there is no directory" in err
 
 
+@pytest.mark.slow
 def test_diff_of_a_run_with_latent_weights(llama_dir, text, tmp_path, capsys):
     out = tmp_path / "run"
     steps = "--max-steps 2 --sequence-length 16 --batch-size 2 --validation-blocks 0"
@@ -173,16 +175,13 @@ def test_report_measures_once_and_says_it_all(packed, llama_dir, text, tmp_path,
     assert run(capsys, f"eval {llama_dir} --ppl {text} --window 32 --json {eval_json}")[0] == 0
     command = (
         f"report One={packed} --against {llama_dir} --ppl none --held-out {text} --block 64 --sample-tokens 4 -o {out} "
-        f"--results {eval_json}"
+        f"--skip speed --results {eval_json}"
     )
     code, _, err = run(capsys, command)
     assert code == 0, err
     facts = {model["name"]: model for model in json.loads((out / "report.json").read_text())["models"]}
     one, teacher = facts["One"], facts["llama"]
     assert one["agreement"]["kl"] > 0 and one["agreement"]["teacher"] == "llama" and teacher["agreement"] is None
-    assert one["speed"]["decode_tokens_per_s"] > 0 and one["speed"]["peak_bytes"] > one["speed"]["before_bytes"] > 0
-    assert one["speed"]["backend"] != "torch" and teacher["speed"]["backend"] == "torch"
-    assert one["speed"]["prompt_tokens"] + one["speed"]["new_tokens"] <= 128
     assert len(one["samples"]) == 3 and one["size"]["bits_per_weight"] > 1
     assert len(one["layers"]) == 14 and all(0 < layer["error"] < 1 for layer in one["layers"])
     assert len(teacher["perplexities"]) == 1, "taken from --results"
@@ -193,11 +192,24 @@ def test_report_measures_once_and_says_it_all(packed, llama_dir, text, tmp_path,
     assert Subject("", packed, Where()).sha256 == before, "the card is no part of what the model is"
     # The same command again loads no model.
     monkeypatch.setattr("signbit.hub.subject.load_any", lambda *args: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("signbit.hub.subject._speed_alone", lambda *args: pytest.fail("speed was measured"))
     code, _, err = run(capsys, f"{command} --no-card")
     assert code == 0, err
     again = {model["name"]: model for model in json.loads((out / "report.json").read_text())["models"]}
     assert again == facts
+
+
+@pytest.mark.slow
+def test_speed_is_measured_in_a_process_of_its_own_and_once(packed, llama_dir, monkeypatch):
+    one, dense = (Subject("", place, Where()).speed(SpeedOptions()) for place in (packed, llama_dir))
+    assert one["decode_tokens_per_s"] > 0 and one["prefill_tokens_per_s"] > 0 and one["load_s"] > 0
+    assert one["peak_bytes"] > one["before_bytes"] > 50e6, "Python and torch alone take more"
+    assert (one["backend"], dense["backend"]) == ("reference (plain torch)", "torch"), "no kernel has groups of 8"
+    assert one["prompt_tokens"] + one["new_tokens"] == 128, "the model has no more positions"
+    monkeypatch.setattr("signbit.hub.subject._speed_alone", lambda *args: pytest.fail("speed was measured"))
+    assert Subject("", packed, Where()).speed(SpeedOptions()) == one
+    monkeypatch.undo()
+    with pytest.raises(SignbitError, match="there is no directory"):
+        _speed_alone(f"{llama_dir}/none", Where(), SpeedOptions())
 
 
 def test_compare_has_models_that_are_elsewhere(packed, llama_dir, tmp_path, capsys):
