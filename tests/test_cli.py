@@ -51,12 +51,15 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     options = set(cli.VERBS[verb][1].__dataclass_fields__) - {"model", "source", "prompt", "teacher", "run", "kind"}
-    options -= {"out", "repo"} if verb == "push" else set()
+    # Stand without a flag there.
+    options -= {"finetune": {"start"}, "compare": {"models"}, "diff": {"a", "b"}, "push": {"out", "repo"}}.get(
+        verb, set()
+    )
     options = {"model" if option == "table_models" else option for option in options}  # a table's: --model NAME=DIR
-    options -= {"start"} if verb == "finetune" else set()  # stands without a flag there
-    options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat", "serve") else set()
+    running = ("eval", "report", "compare", "generate", "chat", "serve")
+    options |= {"device", "dtype", "activations"} if verb in running else set()
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC", "push": "OUT"}
+    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC", "push": "OUT", "diff": "A"}
     assert {**positional, "data": "{self-generate,teacher-logits}"}.get(verb, "MODEL") in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out

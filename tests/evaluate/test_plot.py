@@ -34,5 +34,5 @@ def test_what_cannot_be_drawn(tmp_path):
         check_plot(tmp_path / "x.jpeg")
     with pytest.raises(OptionError, match="there is no directory"):
         check_plot(tmp_path / "none" / "x.png")
-    with pytest.raises(OptionError, match="no layer with a known error"):
-        plot_layers(report(None), tmp_path / "x.png", "")
+    with pytest.raises(OptionError, match="no layer with a known error or size"):
+        plot_layers(Report((Decision("lm_head", "kept", "outside", 64),), 600), tmp_path / "x.png", "")

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from signbit.cli import main
-from signbit.cli.tasks import _digests
 from signbit.errors import DataError, OptionError, WeightError
 from signbit.evaluate.requests import Group, Question, Requests, Task, read_requests
 from signbit.evaluate.scoring import Answers, Encoder, answers_path, positions, score
 from signbit.evaluate.tasks import counted, results
+from signbit.hub.subject import model_digests
 
 #: A row of each task as the hub has it, its prompts as lm-eval 0.4.13 makes them, and the place of the right one.
 ROWS = {
@@ -767,11 +767,11 @@ def test_answers_belong_to_all_files_of_a_model_and_of_the_one_beside_an_adapter
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": llama_dir}))
-    paths = {answers_path(_digests(name), {}) for name in (llama_dir, str(adapter))}
+    paths = {answers_path(model_digests(name), {}) for name in (llama_dir, str(adapter))}
     with open(f"{llama_dir}/model.safetensors", "ab") as stream:
         stream.write(b"one byte more")
-    paths |= {answers_path(_digests(name), {}) for name in (llama_dir, str(adapter))}
-    paths.add(answers_path(_digests(llama_dir), {"dtype": "bfloat16"}))
+    paths |= {answers_path(model_digests(name), {}) for name in (llama_dir, str(adapter))}
+    paths.add(answers_path(model_digests(llama_dir), {"dtype": "bfloat16"}))
     assert len(paths) == 5
 
 

@@ -10,6 +10,7 @@ from signbit.cli.importing import ImportOptions, import_checkpoint
 from signbit.cli.measuring import DoctorOptions, EvalOptions, InfoOptions, MemoryOptions, doctor, evaluate, info, memory
 from signbit.cli.publishing import PushOptions, push
 from signbit.cli.quantizing import QuantizeOptions, quantize
+from signbit.cli.reporting import CompareOptions, DiffOptions, ReportOptions, compare, diff, report
 from signbit.cli.running import ChatOptions, PromptOptions, ServeOptions, chat, generate, serve
 from signbit.cli.training import (
     DistillOptions,
@@ -42,6 +43,9 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "info": (info, InfoOptions),
     "memory": (memory, MemoryOptions),
     "eval": (evaluate, EvalOptions),
+    "report": (report, ReportOptions),
+    "compare": (compare, CompareOptions),
+    "diff": (diff, DiffOptions),
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),
     "serve": (serve, ServeOptions),
@@ -92,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "pretrain": "; with --resume it goes on at the last checkpoint",
             "data": "; the same command goes on with what is written",
             "push": "; the same command uploads what the hub has not got yet",
+            "report": "; the same command goes on with what is measured",
+            "compare": "; the same command goes on with what is measured",
             "eval": "; the same command goes on with the answers to tasks that are written",
         }
         resume = resumes.get(argv[0], "")

@@ -240,17 +240,21 @@ def evaluate(argv: Sequence[str]) -> None:
     names = perplexities.named(args, requests is not None, place) if paper is None or args.ppl is not None else []
     results: list[dict[str, Any]] = []
     asked: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     saved: perplexities.Saved = {}
     for model_name in (args.model, *args.against) if args.model is not None else ():
+        before = len(results)
         if args.offload:
             results += perplexities.offloaded(model_name, names, args)
         else:
             _whole(model_name, names, requests, args, place, results, asked)
         if (shares := _saved(model_name)) is not None:
             saved[model_name] = shares
+        if place.main:
+            facts.append(perplexities.kept(model_name, results[before:], args))
     if not place.main:
         return
-    found: dict[str, Any] = {"results": [{**r, "saved": saved.get(r["model"])} for r in results]}
+    found: dict[str, Any] = {"models": facts, "results": [{**r, "saved": saved.get(r["model"])} for r in results]}
     if asked:
         found["tasks"] = asked
     if paper is not None:

@@ -50,6 +50,12 @@ class Bars:
         """The bar of a source that is tokenized."""
         self(f"tokenizing {Path(source).name}", done, total, "")
 
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Takes the bar off the screen."""
         if self._bar is not None:

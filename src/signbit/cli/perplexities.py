@@ -78,6 +78,17 @@ def offloaded(model_name: str, names: Sequence[str], args: Any) -> list[dict[str
     ]
 
 
+def kept(model_name: str, results: Sequence[dict[str, Any]], args: Any) -> dict[str, Any]:
+    """Keeps a model's perplexities where `signbit report` finds them; returns what is known of the model, as JSON values."""
+    from signbit.hub.subject import Subject, Where, perplexity_protocol
+
+    subject = Subject(Path(model_name).name, model_name, Where(args.run.device, args.run.dtype, args.run.activations))
+    for result in results:
+        of = perplexity_protocol(result["name"], args.data_dir, args.max_windows, args.text)
+        subject.keep("perplexity", of, {k: v for k, v in result.items() if k not in ("model", "offloaded")})
+    return subject.facts().to_dict()
+
+
 def print_perplexities(results: Sequence[dict[str, Any]], against: Sequence[str], saved: Saved) -> None:
     """A line a model and protocol, with the ratio to the last of `against`; nothing where there are none."""
     if not results:

@@ -77,26 +77,17 @@ def requests(args: Any, place: Place) -> Requests | None:
     return found
 
 
-def _digests(model: str) -> dict[str, str]:
-    """What identifies a model: its files, and for an adapter those of the model that it stands beside."""
-    from signbit.hub.load import base_of
-    from signbit.hub.stream import source_digests
-
-    base = base_of(model)
-    beside = {} if base is None else {f"base/{file}": digest for file, digest in _digests(base).items()}
-    return {**source_digests(model), **beside}
-
-
 def answered(model: Any, tokenizer: Any, name: str, requests: Requests, args: Any, place: Place) -> dict[str, Any]:
     """What `model` answers, from its answers on the disk as far as they go: results, protocol and hash, as JSON values."""
     import hashlib
 
     from signbit.evaluate.scoring import Answers, Encoder, answers_path, positions, score
     from signbit.evaluate.tasks import results
+    from signbit.hub.subject import model_digests
     from signbit.linear import get_activations
 
     encoder = Encoder(tokenizer, args.prompt_bos)
-    digests = _digests(name)
+    digests = model_digests(name)
     protocol = {
         "signbit": VERSION,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -69,19 +69,14 @@ def examine() -> Machine:
 
     Raises OptionError if SIGNBIT_CPU names an instruction set that is not there, or SIGNBIT_CUDA anything but reference.
     """
-    found, processor = native.library(), _processor()
+    found, name = native.library(), processor()
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    devices = {"cpu": processor, **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in gpus}}
+    devices = {"cpu": name, **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in gpus}}
     missing = found if isinstance(found, str) else None
     library = None if isinstance(found, str) else found
     return Machine(
-        versions={
-            "signbit": VERSION,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": metadata.version("transformers"),
-        },
-        processor=processor,
+        versions=versions(),
+        processor=name,
         threads=torch.get_num_threads(),
         variable=os.environ.get(cpu.VARIABLE) or None,
         devices=devices,
@@ -114,6 +109,16 @@ def multiplied(model: nn.Module) -> Multiplied:
     return Multiplied(len(layers), kernels, dict(dense), reference, siblings, no_siblings)
 
 
+def versions() -> dict[str, str]:
+    """The versions of what computes here."""
+    return {
+        "signbit": VERSION,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": metadata.version("transformers"),
+    }
+
+
 def _wrong(check: Callable[[Any], str | None], where: str | int) -> str | None:
     try:
         return check(where)
@@ -121,7 +126,7 @@ def _wrong(check: Callable[[Any], str | None], where: str | int) -> str | None:
         return str(error)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, or at least its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from signbit.errors import OptionError, WeightError
+from signbit.evaluate.kept import cache_folder, digest
 
 #: (context, continuation).
 Pair = tuple[str, str]
@@ -83,10 +83,7 @@ class Answers:
 
 def answers_path(model: dict[str, str], protocol: dict[str, Any]) -> Path:
     """Where the answers of a model (its digests) under a protocol are kept: SIGNBIT_CACHE, else ~/.cache/signbit."""
-    named = os.environ.get("SIGNBIT_CACHE")
-    root = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "signbit"
-    digest = hashlib.sha256(json.dumps([model, protocol], sort_keys=True).encode()).hexdigest()
-    return root / "answers" / digest[:32]
+    return cache_folder() / "answers" / digest([model, protocol])[:32]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,6 +97,31 @@ class ModelSize:
             "file_saved": self.file_saved,
             "layers": [{**asdict(layer), "bits_per_weight": layer.bits_per_weight} for layer in self.layers],
         }
+
+
+@dataclass(frozen=True)
+class DenseSize:
+    """A directory of which nothing is packed: its entries, those of a shared tensor once, and the bytes of its files."""
+
+    parameters: int
+    file_bytes: int
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """8 · bytes of the whole files / parameters."""
+        return 8 * self.file_bytes / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        saved = 1 - self.bits_per_parameter / 16
+        return {**asdict(self), "bits_per_parameter": self.bits_per_parameter, "file_saved": saved}
+
+
+def dense_size(directory: str | Path) -> DenseSize:
+    """Size of a directory in full precision, from its headers; raises FormatError as `format` does."""
+    files = weight_files(directory)
+    parameters = sum(math.prod(header.shape) for header in read_headers(files).values())
+    return DenseSize(parameters, sum(file.stat().st_size for file in files))
 
 
 def _salient_count(headers: Mapping[str, TensorHeader], name: str, spec: LayerSpec) -> int:

@@ -87,3 +87,14 @@ def make_card(
             for line in report.summary()
         ]
     return "\n".join(lines) + "\n"
+
+
+#: Between these lines of a model card stands what `signbit report` knows.
+_BEGIN, _END = "<!-- signbit report -->", "<!-- end of signbit report -->"
+
+
+def with_report(card: str, report: str) -> str:
+    """`card` with `report` (Markdown) at its end, or in the place of an earlier one."""
+    begin, end = card.find(_BEGIN), card.find(_END)
+    before, behind = (card, "") if begin < 0 or end < begin else (card[:begin], card[end + len(_END) :])
+    return f"{before.rstrip()}\n\n{_BEGIN}\n{report.strip()}\n{_END}\n{behind.lstrip()}".lstrip()

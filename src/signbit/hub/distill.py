@@ -692,6 +692,21 @@ def _latent(run: Path, device: str = "cpu") -> tuple[Any, Report]:
     return model.to(device), report
 
 
+def load_latent(run: str) -> Any:
+    """The student of a run's newest complete checkpoint, float32 and in evaluation mode, its latents as they are.
+
+    Raises TrainingError if there is no checkpoint or it holds adapters.
+    """
+    settings, checkpoint = read_json(Path(run) / RUN), last_checkpoint(Path(run))
+    if checkpoint is None:
+        raise TrainingError(f"{run} holds no complete checkpoint; wait for --save-every steps")
+    if "lora" in settings:
+        raise TrainingError(f"{run} trained adapters; give its checkpoint {checkpoint}")
+    if settings["config"] is None:
+        return load_any(str(checkpoint), "float32")
+    return _latent(Path(run))[0].eval()
+
+
 def _base(start: dict[str, Any]) -> str | None:
     """The model that a student, or the run that it went on from, began as; None if that was random."""
     base = None if start["random"] else start.get("source") or start["model"]

@@ -115,7 +115,8 @@ class Selection:
             raise OptionError(f"--min-layer is {self.min_layer}, but the model has {blocks} blocks, 0 to {blocks - 1}")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer, nn.Linear or Conv1D itself and no other class made of one."""
     return type(module) in (nn.Linear, Conv1D)
 
 
@@ -140,7 +141,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if not isinstance(module, nn.ModuleList) or inside:
             continue
         if any(
-            _is_linear(child) or isinstance(child, (PackedLinear, BinaryLinear, Int8Head)) for child in module.modules()
+            is_linear(child) or isinstance(child, (PackedLinear, BinaryLinear, Int8Head)) for child in module.modules()
         ):
             outermost[name] = module
     if not outermost:
@@ -169,7 +170,7 @@ def find_structure(model: nn.Module, selection: Selection | None = None) -> Stru
         for child_name, child in block.named_modules(prefix=f"{name}.{index}"):
             if isinstance(child, (PackedLinear, BinaryLinear)):
                 raise StructureError(f"{child_name} is binarized already; start from the full-precision model")
-            if _is_linear(child):
+            if is_linear(child):
                 why = chosen.kept_by(child_name, index)
                 if why is None:
                     targets.append(Target(child_name, index, *_size(child)))
@@ -185,7 +186,7 @@ def find_structure(model: nn.Module, selection: Selection | None = None) -> Stru
     outside = [
         Decision(child_name, "kept", "outside the repeated block", _parameters(child))
         for child_name, child in model.named_modules()
-        if (_is_linear(child) or isinstance(child, nn.Embedding)) and not child_name.startswith(f"{name}.")
+        if (is_linear(child) or isinstance(child, nn.Embedding)) and not child_name.startswith(f"{name}.")
     ]
     return Structure(name, len(blocks), tuple(targets), (*kept, *outside), _parameters(blocks))
 

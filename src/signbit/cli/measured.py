@@ -1,0 +1,193 @@
+"""What `signbit report` and `compare` measure of their models, each thing once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from signbit.cli.output import Bars, note
+from signbit.errors import OptionError, SignbitError
+
+if TYPE_CHECKING:
+    from signbit.evaluate.facts import Facts
+    from signbit.hub.subject import Subject
+
+#: Behind what the samples go on.
+PROMPTS = ("The weather was", "Once upon a time", "The capital of France is")
+
+
+def subjects(models: Sequence[str], args: Any) -> list[Subject]:
+    """The models of a command line, each under a name of its own; raises OptionError for one that is there twice."""
+    from signbit.hub.load import torch_device
+    from signbit.hub.subject import Subject, Where, named
+
+    where = Where(torch_device(args.run.device), args.run.dtype, args.run.activations)
+    pairs = [named(text) for text in models]
+    names = [name for name, _ in pairs]
+    labels = [place if names.count(name) > 1 else name for name, place in pairs]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise OptionError(f"{twice[0]} is named twice; give each model once, or names (NAME=MODEL)")
+    return [Subject(label, place, where, args.again) for label, (_, place) in zip(labels, pairs, strict=True)]
+
+
+def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[list[Facts], Facts | None]:
+    """All that is asked of `models`, then the models of --results that are elsewhere; and the teacher, their last."""
+    from signbit.cli import tasks
+    from signbit.data import PROTOCOLS
+    from signbit.evaluate.facts import merged, read_results
+    from signbit.evaluate.perplexity import check
+    from signbit.hub.subject import named
+
+    read: list[Facts] = []
+    for text in args.results:
+        name, path = named(text)
+        read += read_results(path, name if text != path else None)
+    protocols = [] if args.ppl == "none" else [name.strip() for name in args.ppl.split(",") if name.strip()]
+    for name in protocols:
+        check(name, args.data_dir, args.text if name not in PROTOCOLS else None, args.max_windows)
+    place = tasks.Place()
+    if place.number > 1:
+        raise OptionError("a report is made in one process; score tasks with signbit eval in several, then --results")
+    options = {field.name: getattr(args, field.name) for field in fields(args)}
+    requests = tasks.requests(SimpleNamespace(**options, export_requests=None), place)
+    teacher = models[-1] if has_teacher else None
+    known = {facts.model_sha256: facts for facts in read if facts.model_sha256 is not None}
+    # First, while no other model takes memory.
+    speeds = [None if "speed" in args.skip else _speed(subject, known.get(subject.sha256)) for subject in models]
+    at_hand = []
+    for subject, speed in zip(models, speeds, strict=True):
+        facts = _measure(subject, known.get(subject.sha256), teacher, protocols, requests, args)
+        at_hand.append(replace(facts, speed=speed))
+        if subject is not teacher:
+            subject.release()
+    found = merged(at_hand, read)
+    return found, None if teacher is None else found[len(models) - 1]
+
+
+def _measure(
+    subject: Subject, there: Facts | None, teacher: Subject | None, protocols: Sequence[str], requests: Any, args: Any
+) -> Facts:
+    """What is asked of one model, but for what a file of results has of it (`there`)."""
+    facts = subject.facts()
+    have = set() if there is None else {found["protocol"] for found in there.perplexities}
+    facts = replace(
+        facts, perplexities=tuple(_perplexity(subject, name, args) for name in protocols if name not in have)
+    )
+    if requests is not None:
+        facts = replace(facts, tasks=(_tasks(subject, requests, args),))
+    if teacher is not None and subject is not teacher:
+        facts = _beside(facts, subject, teacher, args)
+    if "samples" not in args.skip:
+        facts = replace(facts, samples=_samples(subject, args))
+    return facts
+
+
+def _speed(subject: Subject, there: Facts | None) -> dict[str, Any] | None:
+    """Speed here, unless a file of results has it."""
+    if there is not None and there.speed is not None:
+        return None
+    from signbit.evaluate.speed import SpeedOptions
+
+    with Bars() as bars:
+        bars(f"{subject.name}: speed", 0, None, "")
+        return subject.speed(SpeedOptions())
+
+
+def _perplexity(subject: Subject, name: str, args: Any) -> dict[str, Any]:
+    from signbit.data import PROTOCOLS
+    from signbit.evaluate.perplexity import perplexity
+    from signbit.hub.subject import perplexity_protocol
+
+    options = None if name in PROTOCOLS else args.text
+
+    def measure() -> dict[str, Any]:
+        with Bars() as bars:
+            return perplexity(
+                subject.model, subject.tokenizer, name, args.data_dir, options, args.max_windows,
+                lambda done, total, value: bars(f"{subject.name} {name}", done, total, f"ppl {value:.2f}"),
+            ).to_dict()  # fmt: skip
+
+    protocol = perplexity_protocol(name, args.data_dir, args.max_windows, options)
+    return subject.known("perplexity", protocol, measure)
+
+
+def _tasks(subject: Subject, requests: Any, args: Any) -> dict[str, Any]:
+    from signbit.cli import tasks
+
+    found = tasks.answered(subject.model, subject.tokenizer, subject.place, requests, args, tasks.Place())
+    return {key: value for key, value in found.items() if key != "model"}
+
+
+def _beside(facts: Facts, subject: Subject, teacher: Subject, args: Any) -> Facts:
+    """Agreement with the teacher, and errors of layers; a model of another vocabulary or shape has none, which is said."""
+    if "agreement" not in args.skip:
+        with _said(f"{subject.name}, agreement with {teacher.name}"):
+            facts = replace(facts, agreement=_agreement(subject, teacher, args))
+    if "layers" not in args.skip and facts.layers:
+        with _said(f"{subject.name}, layers beside {teacher.name}"):
+            facts = replace(facts, layers=_layers(facts, subject, teacher))
+    return facts
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """An error of signbit's becomes a note; the report then lacks that."""
+    try:
+        yield
+    except SignbitError as error:
+        note(f"{what}: {error}")
+
+
+def _agreement(subject: Subject, teacher: Subject, args: Any) -> dict[str, Any]:
+    from signbit.data.corpus import file_digest
+    from signbit.hub.agreement import agreement, text_tokens
+
+    file = text_tokens(subject.tokenizer, args.held_out, args.data_dir, args.held_out_tokens)
+    protocol = {"teacher": teacher.sha256, "text": file_digest(file.path), "block": args.block}
+
+    def measure() -> dict[str, Any]:
+        with Bars() as bars:
+            return agreement(
+                subject.model, lambda: teacher.model, teacher.sha256, teacher.name, file, args.block,
+                progress=lambda done, total: bars(f"{subject.name}: agreement", done, total, ""),
+            ).to_dict()  # fmt: skip
+
+    return {**subject.known("agreement", protocol, measure), "teacher": teacher.name}
+
+
+def _layers(facts: Facts, subject: Subject, teacher: Subject) -> tuple[dict[str, Any], ...]:
+    from signbit.evaluate.difference import differences
+
+    def measure() -> dict[str, Any]:
+        with Bars() as bars:
+            found = differences(
+                subject.model, teacher.model,
+                lambda done, total, name: bars(f"{subject.name}: layers", done, total, name),
+            )  # fmt: skip
+        return {
+            layer.name: {"error": layer.error, "sign_agreement": layer.sign_agreement}
+            for layer in found.layers
+            if layer.form.startswith("packed")
+        }
+
+    errors = subject.known("layers", {"teacher": teacher.sha256}, measure)
+    return tuple({**layer, **errors.get(layer["name"], {})} for layer in facts.layers)
+
+
+def _samples(subject: Subject, args: Any) -> tuple[dict[str, Any], ...]:
+    from signbit.serve import GenerateOptions, generate
+
+    options = GenerateOptions(max_new_tokens=args.sample_tokens, repetition_penalty=1.1)
+    found = []
+    for prompt in args.prompt or PROMPTS:
+
+        def measure(prompt: str = prompt) -> dict[str, Any]:
+            return {"text": generate(subject.model, subject.tokenizer, prompt, options).text}
+
+        text = subject.known("sample", {"prompt": prompt, **asdict(options)}, measure)["text"]
+        how = f"greedy, repetition penalty 1.1, {args.sample_tokens} tokens"
+        found.append({"prompt": prompt, "text": text, "how": how})
+    return tuple(found)

@@ -1,0 +1,192 @@
+"""All that is known of one model: size, perplexities, tasks, agreement with a teacher, speed, text; and files of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from signbit.errors import DataError
+
+#: Fields of `Facts` that hold lists, which are joined when two records of one model meet.
+_LISTS = ("perplexities", "tasks", "samples", "layers")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured of a model, as JSON values; None and empty: it was not."""
+
+    name: str
+    model: str = ""
+    """Its directory or hub id, where it was measured."""
+    model_sha256: str | None = None
+    """SHA-256 over its files (`signbit.hub.subject.model_digests`)."""
+    made_by: str | None = None
+    """Method and options of a packed model."""
+    command: str | None = None
+    """The command that made it, out of its model card."""
+    size: dict[str, Any] | None = None
+    """parameters, file_bytes, bits_per_parameter, file_saved; of a packed model also bits_per_weight, linears_saved, kinds."""
+    perplexities: tuple[dict[str, Any], ...] = ()
+    """`signbit.evaluate.Perplexity` each."""
+    tasks: tuple[dict[str, Any], ...] = ()
+    """A run of tasks each: harness, limit, protocol, results."""
+    agreement: dict[str, Any] | None = None
+    """`signbit.hub.agreement.Agreement` with the teacher."""
+    speed: dict[str, Any] | None = None
+    """`signbit.evaluate.speed.Speed`."""
+    samples: tuple[dict[str, Any], ...] = ()
+    """prompt, text, how."""
+    layers: tuple[dict[str, Any], ...] = ()
+    """name, bits_per_weight, nbytes, weights; error and sign_agreement against the teacher's matrix, where it was at hand."""
+    source: str | None = None
+    """The file that this was read from; None for what this command measured or found in its cache."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def with_found(self, other: Facts) -> Facts:
+        """With what `other`, a record of the same model, knows beside."""
+        joined: dict[str, Any] = {}
+        for key in self.__dataclass_fields__:
+            mine, its = getattr(self, key), getattr(other, key)
+            if key in _LISTS:
+                joined[key] = (*mine, *(item for item in its if item not in mine)) if key != "layers" else mine or its
+            elif key not in ("name", "source"):
+                joined[key] = its if mine in (None, "") else mine
+        return replace(self, **joined)
+
+    def results(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each task or group with the run that it is of; where two runs have one, that with more documents."""
+        best: dict[tuple[str, Any], tuple[dict[str, Any], dict[str, Any]]] = {}
+        for run in self.tasks:
+            for result in run["results"]:
+                key = result["name"], result["few_shot"]
+                if key not in best or best[key][1]["documents"] < result["documents"]:
+                    best[key] = run, result
+        return list(best.values())
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of a teacher's mean task score that a model keeps."""
+
+    metric: str
+    """acc, or acc_norm: a task that does not count it stands with its acc."""
+    tasks: tuple[str, ...]
+    model: float
+    """Mean score over the tasks, each counting alike."""
+    teacher: float
+    chance: float
+    left_out: tuple[str, ...] = field(default=())
+    """Tasks of both that were not asked alike (other documents, examples, harness or beginning of the prompt)."""
+
+    @property
+    def kept(self) -> float:
+        """Mean score of the model / that of the teacher."""
+        return self.model / self.teacher
+
+    @property
+    def kept_above_chance(self) -> float | None:
+        """(model − chance) / (teacher − chance); None where the teacher itself is not above chance."""
+        return (self.model - self.chance) / (self.teacher - self.chance) if self.teacher > self.chance else None
+
+
+def share_kept(model: Facts, teacher: Facts, metric: str = "acc") -> Share | None:
+    """What `model` keeps of the score of `teacher` over the tasks with choices that both were asked alike, or None.
+
+    Source: OneBit (arXiv 2402.11295) states its models so, by the mean over six tasks.
+    """
+
+    def by_task(facts: Facts) -> dict[str, tuple[Any, dict[str, Any]]]:
+        return {
+            result["name"]: ((run["harness"], run["protocol"]["bos"], result["few_shot"], result["documents"]), result)
+            for run, result in facts.results()
+            if not result["tasks"] and result["chance"] is not None
+        }
+
+    mine, its = by_task(model), by_task(teacher)
+    both = [name for name in its if name in mine]
+    alike = [name for name in both if mine[name][0] == its[name][0]]
+    if not alike:
+        return None
+
+    def mean(found: dict[str, tuple[Any, dict[str, Any]]]) -> float:
+        values = [found[name][1]["values"] for name in alike]
+        return float(sum(value.get(metric, value["acc"]) for value in values)) / len(values)
+
+    chance = sum(its[name][1]["chance"] for name in alike) / len(alike)
+    left_out = tuple(name for name in both if name not in alike)
+    return Share(metric, tuple(alike), mean(mine), mean(its), chance, left_out)
+
+
+def read_results(path: str, name: str | None = None) -> list[Facts]:
+    """The models of a file that --json of `eval`, `compare` or `report` wrote; `name` renames the only one.
+
+    Raises DataError for a file that is none, or that does not hold one model where it is renamed.
+    """
+    try:
+        written = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {facts.model: facts for entry in written.get("models", ()) for facts in (_facts(entry, path),)}
+
+        def of(entry: dict[str, Any]) -> Facts:
+            place = entry["model"]
+            known = found.get(place, Facts(Path(place).name, place, source=path))
+            return replace(known, model_sha256=known.model_sha256 or entry.get("model_sha256"))
+
+        for entry in written.get("results", ()):
+            facts = of(entry)
+            found[facts.model] = replace(facts, perplexities=(*facts.perplexities, _without_model(entry)))
+        for entry in written.get("tasks", ()):
+            facts = of(entry)
+            found[facts.model] = replace(facts, tasks=(*facts.tasks, _without_model(entry)))
+    except OSError as error:
+        raise DataError(f"--results {path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"--results {path} is no file that --json of signbit eval, compare or report wrote "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not found:
+        raise DataError(f"--results {path} holds no model's results; it is written by --json of signbit eval")
+    if name is not None and len(found) > 1:
+        raise DataError(
+            f"--results {name}={path}: {len(found)} models are in it ({', '.join(found)}); leave the name out"
+        )
+    return [replace(facts, name=name or facts.name) for facts in found.values()]
+
+
+def _without_model(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "model"}
+
+
+def _facts(entry: dict[str, Any], source: str) -> Facts:
+    values: dict[str, Any] = {key: tuple(value) if key in _LISTS else value for key, value in entry.items()}
+    return Facts(**{**values, "source": source})
+
+
+def merged(at_hand: Sequence[Facts], read: Sequence[Facts]) -> list[Facts]:
+    """The models at hand, each with what was read of it, then those that are elsewhere.
+
+    Records are of one model if their hashes are equal; those without a hash, if they have its name or its path.
+    """
+    models = list(at_hand)
+    for facts in read:
+        for place, known in enumerate(models):
+            if None not in (facts.model_sha256, known.model_sha256):
+                same = facts.model_sha256 == known.model_sha256
+            else:
+                same = facts.name == known.name or facts.model == known.model != ""
+            if same:
+                models[place] = known.with_found(facts)
+                break
+        else:
+            models.append(facts)
+    labels = [facts.name for facts in models]
+    return [
+        replace(facts, name=f"{facts.name} ({facts.model or place})") if labels.count(facts.name) > 1 else facts
+        for place, facts in enumerate(models)
+    ]

@@ -1,0 +1,285 @@
+"""`signbit report`, `compare` and `diff`, and what they measure."""
+
+import json
+import shlex
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+import signbit
+from signbit.cli import main
+from signbit.errors import OptionError, SignbitError, StructureError
+from signbit.evaluate.difference import compared, differences
+from signbit.evaluate.speed import SpeedOptions
+from signbit.hub.agreement import agreement, exact_agreement, text_tokens
+from signbit.hub.load import load_any, load_tokenizer
+from signbit.hub.subject import Subject, Where, _speed_alone, named
+from tests import families
+from tests.conftest import tiny_llama_config
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{i * i % 61}" for i in range(300)))
+    return str(path)
+
+
+@pytest.fixture
+def packed(llama_dir, tmp_path):
+    out = tmp_path / "one"
+    assert main(["quantize", llama_dir, "-o", str(out), "--method", "absmean", "--group", "8"]) == 0
+    return str(out)
+
+
+def run(capsys, command):
+    capsys.readouterr()
+    code = main(shlex.split(command))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_layers_beside_each_other_are_what_their_definitions_say(packed, llama_dir):
+    a, b = load_any(packed), load_any(llama_dir)
+    w, v = a.model.layers[1].mlp.down_proj.weights[0].to_dense(), b.model.layers[1].mlp.down_proj.weight.detach()
+    found = {layer.name: layer for layer in differences(a, b).layers}
+    layer = found["model.layers.1.mlp.down_proj"]
+    assert layer.form == "packed and dense" and not layer.equal
+    assert layer.sign_agreement == 1, "absmean keeps every sign"
+    assert layer.error == pytest.approx(((w - v) ** 2).sum().item() / (v**2).sum().item(), rel=1e-5)
+    assert found["model.embed_tokens"].equal and found["model.norm.weight"].equal
+    assert len(found) == 2 * 7 + 1 + 2 * 2 + 1, "linears, the tied embedding once, norms"
+
+
+def test_a_flipped_sign_and_a_changed_norm_are_found(llama, llama_dir):
+    b = load_any(llama_dir)
+    with torch.no_grad():
+        weight = llama.model.layers[0].self_attn.q_proj.weight
+        weight[3, 5] *= -1
+        llama.model.layers[1].input_layernorm.weight[0] = 2.0
+    found = differences(llama, b)
+    assert [layer.name for layer in found.differing] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.input_layernorm.weight",
+    ]
+    assert found.differing[0].sign_agreement == pytest.approx(1 - 1 / weight.numel())
+    assert found.only == ((), ())
+
+
+def test_the_sign_of_zero_is_plus_and_the_error_is_of_the_other_s_energy():
+    mine, its = torch.tensor([[0.0, -1.0, 2.0, -3.0]]), torch.tensor([[1.0, -0.0, -2.0, -3.0]])
+    assert compared(mine, its) == (0.5, pytest.approx(18 / 14), False)
+    assert compared(its, its) == (1.0, 0.0, True)
+    assert compared(mine, torch.zeros(1, 4))[1] == 1
+
+
+def test_models_of_other_shapes_and_names_are_refused(llama):
+    with pytest.raises(StructureError, match=r"mlp\.gate_proj is \[72, 32\] in one model and \[80, 32\]"):
+        differences(llama, LlamaForCausalLM(tiny_llama_config(intermediate_size=80)))
+    with pytest.raises(StructureError, match="no linear layer of one name"):
+        differences(llama, GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_conv1d_and_experts_have_their_matrices_compared(family):
+    a, b = (getattr(families, family)() for _ in range(2))
+    b.load_state_dict(a.state_dict())
+    signbit.quantize_(a, signbit.SignbitConfig(method="absmean"))
+    packed = [layer for layer in differences(a, b).layers if layer.form == "packed and dense"]
+    assert len(packed) >= 8 and all(layer.sign_agreement == 1 and 0 < layer.error < 1 for layer in packed)
+
+
+def test_kl_and_top1_over_the_whole_vocabulary_are_what_their_definitions_say(packed, llama_dir, text):
+    a, b, tokenizer = load_any(packed), load_any(llama_dir), load_tokenizer(llama_dir)
+    file = text_tokens(tokenizer, text, None, 256)
+    ids = torch.from_numpy(file.open().astype("int64"))[:256].reshape(4, 64)
+    with torch.no_grad():
+        q, p = (F.log_softmax(model(ids).logits.double(), dim=-1) for model in (a, b))
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    found = exact_agreement(a, b, "b", file, 64)
+    assert found.kl == pytest.approx(kl, rel=1e-4) and found.top1 == pytest.approx(same) and found.tokens == 256
+    # Through the teacher's kept answers: the same for all 64 tokens, less for fewer of them.
+    calls = []
+
+    def teacher():
+        calls.append(1)
+        return b
+
+    by_file = agreement(a, teacher, "t", "b", file, 64)
+    assert by_file.kl == pytest.approx(kl, rel=2e-2) and by_file.top1 == pytest.approx(same) and by_file.outcomes == 64
+    fewer = agreement(a, teacher, "t", "b", file, 64, outcomes=4)
+    assert 0 < fewer.kl < by_file.kl and fewer.mass < 0.9
+    again = agreement(a, teacher, "t", "b", file, 64)
+    assert again == by_file and len(calls) == 2, "the teacher answers once"
+    assert agreement(b, teacher, "t", "b", file, 64).kl == pytest.approx(0, abs=1e-4)
+
+
+def test_the_text_that_signbit_carries_is_at_hand(tokenizer):
+    file = text_tokens(tokenizer, "casterbridge", None, 256)
+    assert (file.tokens, file.source) == (256, "casterbridge")
+
+
+def test_what_agreement_refuses(llama_dir, llama, text):
+    file = text_tokens(load_tokenizer(llama_dir), text, None, 100)
+    with pytest.raises(OptionError, match="--block is 200 tokens, and the model has 128 positions"):
+        exact_agreement(llama, llama, "b", file, 200)
+    other = LlamaForCausalLM(tiny_llama_config(vocab_size=70)).eval()
+    with pytest.raises(OptionError, match="answers with 70 tokens and the model with 64"):
+        exact_agreement(llama, other, "other", file, 64)
+    with pytest.raises(OptionError, match="answers with 70 tokens and the model with 64"):
+        agreement(llama, lambda: other, "o", "other", file, 64)
+
+
+def test_diff_shows_layers_and_answers(packed, llama_dir, text, tmp_path, capsys):
+    out = tmp_path / "diff.json"
+    code, said, _ = run(capsys, f"diff {packed} {llama_dir} --text {text} --block 64 --json {out}")
+    assert code == 0
+    assert (
+        "model.layers.*.mlp.up_proj" in said
+        and "packed and dense" in said
+        and "14 of 20 layers and vectors differ" in said
+    )
+    written = json.loads(out.read_text())
+    assert len(written["layers"]) == 20 and written["answers"]["kl"] > 0
+    code, said, _ = run(capsys, f"diff {packed} {packed} --text none")
+    assert code == 0 and "0 of 20 layers and vectors differ" in said and "KL" not in said
+    code, _, err = run(capsys, f"diff {packed} {tmp_path}/none")
+    assert code == 1 and "there is no directory" in err
+
+
+@pytest.mark.slow
+def test_diff_of_a_run_with_latent_weights(llama_dir, text, tmp_path, capsys):
+    out = tmp_path / "run"
+    steps = "--max-steps 2 --sequence-length 16 --batch-size 2 --validation-blocks 0"
+    assert main(shlex.split(f"distill {llama_dir} -o {out} --data {text} {steps}")) == 0
+    assert main(["pack", str(out), "-o", str(tmp_path / "packed")]) == 0
+    code, said, _ = run(capsys, f"diff {out} {tmp_path}/packed --text {text} --block 64")
+    assert code == 0 and "0 of " in said and "KL(B ‖ A) 0.0000" in said, said
+    code, said, _ = run(capsys, f"diff {out} {llama_dir} --text none")
+    assert "latent and dense" in said
+
+
+def test_report_measures_once_and_says_it_all(packed, llama_dir, text, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra plot")
+    before = Subject("", packed, Where()).sha256
+    out = tmp_path / "report"
+    eval_json = tmp_path / "eval.json"
+    assert run(capsys, f"eval {llama_dir} --ppl {text} --window 32 --json {eval_json}")[0] == 0
+    command = (
+        f"report One={packed} --against {llama_dir} --ppl none --held-out {text} --block 64 --sample-tokens 4 -o {out} "
+        f"--skip speed --results {eval_json}"
+    )
+    code, _, err = run(capsys, command)
+    assert code == 0, err
+    facts = {model["name"]: model for model in json.loads((out / "report.json").read_text())["models"]}
+    one, teacher = facts["One"], facts["llama"]
+    assert one["agreement"]["kl"] > 0 and one["agreement"]["teacher"] == "llama" and teacher["agreement"] is None
+    assert len(one["samples"]) == 3 and one["size"]["bits_per_weight"] > 1
+    assert len(one["layers"]) == 14 and all(0 < layer["error"] < 1 for layer in one["layers"])
+    assert len(teacher["perplexities"]) == 1, "taken from --results"
+    page, card = (out / "report.html").read_text(), (out.parent / "one" / "README.md").read_text()
+    for words in ("What they write", "data:image/png;base64,", "signbit quantize", one["model_sha256"][:16]):
+        assert words in page
+    assert "## One: report" in card and "Made with:" in card and "](quality.png)" not in card
+    assert Subject("", packed, Where()).sha256 == before, "the card is no part of what the model is"
+    # The same command again loads no model.
+    monkeypatch.setattr("signbit.hub.subject.load_any", lambda *args: pytest.fail("a model was loaded"))
+    code, _, err = run(capsys, f"{command} --no-card")
+    assert code == 0, err
+    again = {model["name"]: model for model in json.loads((out / "report.json").read_text())["models"]}
+    assert again == facts
+
+
+@pytest.mark.slow
+def test_speed_is_measured_in_a_process_of_its_own_and_once(packed, llama_dir, monkeypatch):
+    one, dense = (Subject("", place, Where()).speed(SpeedOptions()) for place in (packed, llama_dir))
+    assert one["decode_tokens_per_s"] > 0 and one["prefill_tokens_per_s"] > 0 and one["load_s"] > 0
+    assert one["peak_bytes"] > one["before_bytes"] > 50e6, "Python and torch alone take more"
+    assert (one["backend"], dense["backend"]) == ("reference (plain torch)", "torch"), "no kernel has groups of 8"
+    assert one["prompt_tokens"] + one["new_tokens"] == 128, "the model has no more positions"
+    monkeypatch.setattr("signbit.hub.subject._speed_alone", lambda *args: pytest.fail("speed was measured"))
+    assert Subject("", packed, Where()).speed(SpeedOptions()) == one
+    monkeypatch.undo()
+    with pytest.raises(SignbitError, match="there is no directory"):
+        _speed_alone(f"{llama_dir}/none", Where(), SpeedOptions())
+
+
+def test_compare_has_models_that_are_elsewhere(packed, llama_dir, tmp_path, capsys):
+    options = "--skip speed --skip samples --skip layers --skip agreement"
+    away = tmp_path / "away.json"
+    assert run(capsys, f"compare {packed} {llama_dir} --ppl none {options} --json {away}")[0] == 0
+    written = json.loads(away.read_text())
+    other = {**written["models"][0], "name": "far", "model": "/far", "model_sha256": "0" * 64}
+    away.write_text(json.dumps({"models": [other]}))
+    code, said, err = run(capsys, f"compare {packed} {llama_dir} --ppl none {options} --results Far={away}")
+    assert code == 0, err
+    header = next(line for line in said.splitlines() if "Far" in line)
+    assert "one" in header and "llama" in header and "bits/weight" in said
+
+
+def test_eval_keeps_its_perplexity_for_reports(llama_dir, text, tmp_path, capsys, monkeypatch):
+    assert run(capsys, f"eval {llama_dir} --ppl {text} --window 64 --max-windows 2")[0] == 0
+    loads = []
+    monkeypatch.setattr("signbit.hub.subject.load_any", lambda *args: loads.append(args) or load_any(*args))
+    out = tmp_path / "c.json"
+    command = (
+        f"compare A={llama_dir} B={llama_dir} --skip speed --skip samples --skip agreement --skip layers --ppl {text}"
+    )
+    code, said, err = run(capsys, f"{command} --window 64 --max-windows 2 --json {out}")
+    assert code == 0 and not loads, err
+    (found,) = json.loads(out.read_text())["models"][0]["perplexities"]
+    assert found["protocol"] == "text.txt, first 2 of 4 windows" and "text.txt, first 2" in said
+    assert run(capsys, f"{command} --window 32 --max-windows 2")[0] == 0 and loads, "another window is another protocol"
+    loads.clear()
+    with open(text, "a") as stream:
+        stream.write(" w1")
+    assert run(capsys, f"{command} --window 64 --max-windows 2")[0] == 0 and loads, "another text"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("compare {model}", "give at least two models"),
+        ("compare {model} {model} --ppl none", "is named twice"),
+        ("compare A={model} A={model} --ppl none", "is named twice"),
+        ("compare A={model} B={model} --ppl none --results {model}/none.json", "cannot be read"),
+        ("compare A={model} B={model} --ppl none --device no", "cannot be used here"),
+        ("report {model} --ppl none -o {model}/config.json", "cannot be made"),
+        ("report {model}/none --ppl none", "there is no directory"),
+        ("compare A={model} B={model} --ppl nothing.txt", "nothing.txt"),
+        ("compare A={model} B={model} --ppl none --limit 3", "--few-shot and --limit are for --tasks"),
+    ],
+)
+def test_what_is_refused(arguments, message, llama_dir, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, arguments.format(model=llama_dir))
+    assert code == 1 and message in err, err
+    assert "Traceback" not in err
+
+
+def test_a_model_of_another_vocabulary_has_no_agreement_and_that_is_said(packed, text, tmp_path, capsys, tokenizer):
+    other = tmp_path / "other"
+    LlamaForCausalLM(tiny_llama_config(vocab_size=70, intermediate_size=80)).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    out = tmp_path / "c.json"
+    skip = "--skip speed --skip samples"
+    code, _, err = run(capsys, f"compare {packed} {other} --ppl none --held-out {text} --block 64 {skip} --json {out}")
+    assert code == 0
+    assert "note: one, agreement with other" in err and "note: one, layers beside other" in err
+    assert json.loads(out.read_text())["models"][0]["agreement"] is None
+
+
+def test_a_name_before_a_place(tmp_path):
+    assert named("a/b/c/") == ("c", "a/b/c/")
+    assert named("Name=a/b") == ("Name", "a/b")
+    strange = tmp_path / "x=y"
+    strange.mkdir()
+    assert named(str(strange)) == ("x=y", str(strange))
