@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from signbit.cli.data import DataOptions, data
+from signbit.cli.exporting import ExportOptions, export
 from signbit.cli.importing import ImportOptions, import_checkpoint
 from signbit.cli.measuring import DoctorOptions, EvalOptions, InfoOptions, MemoryOptions, doctor, evaluate, info, memory
 from signbit.cli.publishing import PushOptions, push
@@ -33,6 +34,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
     "import": (import_checkpoint, ImportOptions),
+    "export": (export, ExportOptions),
     "distill": (distill, DistillOptions),
     "finetune": (finetune, FinetuneOptions),
     "pretrain": (pretrain, PretrainOptions),
