@@ -88,14 +88,10 @@ def _tq2_0(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([packed.reshape(*scale.shape, -1), _bytes(scale)], dim=-1).reshape(len(codes), -1)
 
 
-def q8_0(codes: Tensor, scale: Tensor) -> np.ndarray | None:
-    """Q8_0 of scale ∘ codes, int8 [N, K] and float [N], with no value changed; None if float16 does not hold the scales."""
-    half = scale.half()
-    if codes.shape[1] % Q8_0 or not torch.equal(half.float(), scale.float()):
-        return None
-    rows = codes.reshape(len(codes), -1, Q8_0).view(torch.uint8)
-    d = _bytes(half[:, None].expand(-1, rows.shape[1]))
-    return torch.cat([d, rows], dim=-1).reshape(len(codes), -1).numpy()
+def q8_0(codes: Tensor, scale: Tensor) -> np.ndarray:
+    """Q8_0 of scale ∘ codes, int8 [N, K] and float [N]: the codes themselves, and the scales as float16 has them."""
+    d = _bytes(scale.half()[:, None].expand(-1, codes.shape[1] // Q8_0))
+    return torch.cat([d, codes.reshape(len(codes), -1, Q8_0).view(torch.uint8)], dim=-1).reshape(len(codes), -1).numpy()
 
 
 def adapter(w: BinaryWeight, factor: Tensor | None = None) -> tuple[Tensor, Tensor] | None:

@@ -63,6 +63,8 @@ class _Plan:
     layers: dict[str, tuple[str, int]] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)
+    #: What was not in 8 bits, and is in the file.
+    to_q8_0: list[str] = field(default_factory=list)
 
     def bits_per_weight(self) -> float:
         """Of the packed layers, as they are in the files."""
@@ -118,16 +120,20 @@ def _planned(packed: Packed, request: ExportRequest, progress: Progress) -> _Pla
         if spec.bias:
             raise ExportError(f"{name} has a bias, which llama.cpp's has not; --format dense keeps it")
         if spec.tied_to is None:
-            rows, columns = (packed.int8_dense(name), None)[0].shape
-            _plan_matrix(
-                plan, f"{name}.weight", (rows, columns), torch.float16, request, partial(_int8_rows, packed, name)
+            shape = (spec.rows, spec.columns)
+            kind = _plan_matrix(
+                plan, f"{name}.weight", shape, torch.float32, request, partial(_int8_rows, packed, name)
             )
+            scale = packed.int8(name)[1].float()
+            if kind == "Q8_0" and not torch.equal(scale.half().float(), scale):
+                plan.rounding[name] = 2.0**-11
     for name in packed.rest:
         empty = packed.tensors.empty(name)
         own = name.rpartition(".")[0] in ("model.embed_tokens", "lm_head")
         if own and empty.ndim == 2:
             make = partial(_rest_rows, packed, name)
-            _plan_matrix(plan, name, tuple(empty.shape), empty.dtype, request, make)
+            if _plan_matrix(plan, name, tuple(empty.shape), empty.dtype, request, make) == "Q8_0":
+                plan.to_q8_0.append(name.removesuffix(".weight"))
         else:
             _plan_rest(plan, packed, name, empty, folds)
     if (factors := rope_factors(packed.config)) is not None:
@@ -190,16 +196,13 @@ def _plan_adapter(plan: _Plan, packed: Packed, name: str, folds: Folded) -> None
 
 
 def _plan_matrix(
-    plan: _Plan,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    request: ExportRequest,
+    plan: _Plan, name: str, shape: tuple[int, ...], dtype: torch.dtype, request: ExportRequest,
     make: Callable[[str], np.ndarray],
-) -> None:
-    """An embedding or a head: Q8_0, or as it is."""
+) -> str:  # fmt: skip
+    """An embedding or a head, Q8_0 or as it is; returns its type."""
     kind = "Q8_0" if request.head == "q8_0" and shape[1] % stored.Q8_0 == 0 else _FLOATS[dtype]
     plan.tensors.append(_Tensor(tensor_name(name), shape, kind, partial(make, kind)))
+    return kind
 
 
 def _plan_rest(plan: _Plan, packed: Packed, name: str, empty: Tensor, folds: Folded) -> None:
@@ -240,8 +243,7 @@ def _bias(packed: Packed, name: str, folds: Folded) -> np.ndarray:
 
 
 def _int8_rows(packed: Packed, name: str, kind: str) -> np.ndarray:
-    exact = stored.q8_0(*packed.int8(name)) if kind == "Q8_0" else None
-    return _rounded(packed.int8_dense(name), kind) if exact is None else exact
+    return stored.q8_0(*packed.int8(name)) if kind == "Q8_0" else _floats(packed.int8_dense(name), kind)
 
 
 def _rest_rows(packed: Packed, name: str, kind: str) -> np.ndarray:
@@ -282,6 +284,10 @@ def _say(packed: Packed, plan: _Plan, note: Callable[[str], None]) -> None:
     if plan.rounding:
         name = max(plan.rounding, key=lambda name: plan.rounding[name])
         note(f"float16 rounds scales of {len(plan.rounding)} layers, by up to {plan.rounding[name]:.1e} ({name})")
+    if plan.to_q8_0:
+        note(
+            f"{' and '.join(plan.to_q8_0)} are rounded to 8 bits (Q8_0); --head keep leaves them as they are, and is exact"
+        )
     if any(spec.act_bits for spec in packed.description.layers.values()):
         note("the packed layers have one scale of 8-bit activations a token; llama.cpp has one for 32 or 256 numbers")
     window = getattr(packed.config, "sliding_window", None)
