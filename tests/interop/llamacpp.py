@@ -33,7 +33,8 @@ def running(path, adapter=None, extra=True):
 def greedy(server, prompt, tokens, vocabulary):
     """The tokens that follow the ids `prompt`, and the log-probabilities [tokens, vocabulary] they were chosen from."""
     asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "n_probs": vocabulary, "cache_prompt": False}
-    chosen = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+    logprobs = server.handle_completions(asked)["choices"][0]["logprobs"]  # None where the first token ends the text
+    chosen = logprobs["content"] if logprobs else []
     rows = torch.full((len(chosen), vocabulary), torch.nan)
     for row, token in zip(rows, chosen, strict=True):
         for entry in token["top_logprobs"]:

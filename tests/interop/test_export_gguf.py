@@ -52,6 +52,15 @@ def trained(model, tokenizer, steps=150):
     return float(loss.detach())
 
 
+@torch.no_grad()
+def with_norms(model):
+    """Norms of random weights: where all are 1, numbers of an 8-bit embedding lie halfway between two of 8 bits again."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.uniform_(0.5, 1.5)
+    return model
+
+
 @pytest.fixture(scope="module")
 def llama_dir(tmp_path_factory):
     """A Llama of hidden 256 and ffn 512 that has learnt a little, in float16."""
@@ -97,11 +106,13 @@ def relative(got, want):
 @torch.no_grad()
 def compare(model, folder, tokens=16, close=1e-3, round_=True):
     """llama.cpp's greedy tokens and logits beside those of `model` with llama.cpp's activations, until two are near."""
+    exact = model(torch.tensor([PROMPT])).logits[0, -1]
     if round_:
         llamacpp.with_its_rounding(model)
     path, adapter = gguf_in(folder)
     with llamacpp.running(path, adapter) as server:
         chosen, logits = llamacpp.greedy(server, PROMPT, tokens, model.config.vocab_size)
+    assert not round_ or relative(logits[0], exact) > close  # else rounding would not be seen
     ids, compared = list(PROMPT), 0
     for token, got in zip(chosen, logits, strict=True):
         want = model(torch.tensor([ids])).logits[0, -1]
@@ -164,11 +175,7 @@ def test_heads_that_were_not_8_bits_are_so_said_and_kept_on_request(llama_dir, t
 def test_qwen3_of_random_weights(tmp_path):
     tokenizer = byte_level()
     values = config(len(tokenizer)).to_dict() | {"head_dim": 32, "model_type": "qwen3", "initializer_range": 0.1}
-    model = Qwen3ForCausalLM(Qwen3Config(**values))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
+    model = with_norms(Qwen3ForCausalLM(Qwen3Config(**values)))
     model.half().save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--method", "absmean", "--head", "int8"])

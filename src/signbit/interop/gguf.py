@@ -198,6 +198,11 @@ def _token(name: str) -> str:
 def open_gguf(path: Path) -> Checkpoint:
     """The checkpoint in a GGUF file; raises FormatError for another architecture, or if no matrix is Q1_0 or TQ2_0."""
     file = _File(path)
+    require(
+        "signbit.adapter" not in file.metadata,
+        f"{path} is half of a model: its shifts are in {file.metadata.get('signbit.adapter')}, which is not read. Go back to "
+        "the packed directory that it was made of",
+    )
     packed = [
         name
         for name, tensor in file.tensors.items()
