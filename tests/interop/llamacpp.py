@@ -30,16 +30,17 @@ def running(path, adapter=None, extra=True):
         del server
 
 
-def greedy(server, prompt, tokens, vocabulary):
-    """The tokens that follow the ids `prompt`, and the log-probabilities [tokens, vocabulary] they were chosen from."""
-    asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "n_probs": vocabulary, "cache_prompt": False}
-    logprobs = server.handle_completions(asked)["choices"][0]["logprobs"]  # None where the first token ends the text
-    chosen = logprobs["content"] if logprobs else []
-    rows = torch.full((len(chosen), vocabulary), torch.nan)
-    for row, token in zip(rows, chosen, strict=True):
-        for entry in token["top_logprobs"]:
-            row[entry["id"]] = entry["logprob"]
-    return [token["id"] for token in chosen], rows
+def next_token(server, ids, vocabulary):
+    """The likeliest token after `ids`, and the log-probabilities [vocabulary]; None for one that ends the text, or is a
+    byte in the middle of a letter, of which the server does not tell."""
+    asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": vocabulary, "cache_prompt": False}
+    logprobs = server.handle_completions(asked)["choices"][0]["logprobs"]
+    if not logprobs:
+        return None
+    row = torch.full((vocabulary,), torch.nan)
+    for entry in logprobs["content"][0]["top_logprobs"]:
+        row[entry["id"]] = entry["logprob"]
+    return logprobs["content"][0]["id"], row
 
 
 def tokenize(server, text):
