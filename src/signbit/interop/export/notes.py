@@ -66,6 +66,6 @@ def readme(files: Written, settings: Mapping[str, Any], unfit: Mapping[str, str]
         name, reason = next(iter(unfit.items()))
         lines += [
             "",
-            f"{len(unfit)} layers are dense, because {files.kind} cannot hold them exactly ({name}: {reason}).",
+            f"{len(unfit)} layers are dense: no 1-bit type of GGUF holds them exactly ({name}: {reason}).",
         ]
     return "\n".join(lines).rstrip() + "\n"
