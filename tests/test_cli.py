@@ -56,7 +56,7 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
     options -= {"start"} if verb == "finetune" else set()  # stands without a flag there
     options |= {"device", "dtype", "activations"} if verb in ("eval", "generate", "chat", "serve") else set()
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC", "push": "OUT"}
+    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC", "push": "OUT", "export": "OUT"}
     assert {**positional, "data": "{self-generate,teacher-logits}"}.get(verb, "MODEL") in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out
