@@ -34,7 +34,6 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "quantize": (quantize, QuantizeOptions),
     "import": (import_checkpoint, ImportOptions),
-    "export": (export, ExportOptions),
     "distill": (distill, DistillOptions),
     "finetune": (finetune, FinetuneOptions),
     "pretrain": (pretrain, PretrainOptions),
@@ -47,6 +46,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),
     "serve": (serve, ServeOptions),
+    "export": (export, ExportOptions),
     "push": (push, PushOptions),
     "doctor": (doctor, DoctorOptions),
 }
