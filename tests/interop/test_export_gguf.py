@@ -228,6 +228,11 @@ def refused_and_approximated(source, folder, capsys):
     assert main(["export", packed, "--format", "gguf", "-o", out, "--approximate", "--head", "keep"]) == 0
     model = signbit.load(packed, dtype=torch.float32)
     compare(model, Path(out), tokens=3, close=1e-2, round_=False)
+    assert "-F16-16.000bpw" in gguf_in(Path(out))[0].name
+    assert main(["export", packed, "--format", "gguf", "-o", out, "--overwrite", "--approximate",
+                 "--approximate-type", "q8_0"]) == 0  # fmt: skip
+    assert "Q8_0-8.500bpw" in gguf_in(Path(out))[0].name
+    compare(model, Path(out), tokens=1, close=3e-2, round_=False)
 
 
 TRICKY = [
