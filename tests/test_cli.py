@@ -59,7 +59,9 @@ def test_every_verb_has_help_that_names_its_options(verb, capsys):
     running = ("eval", "report", "compare", "generate", "chat", "serve")
     options |= {"device", "dtype", "activations"} if verb in running else set()
     options |= {"temperature", "max_new_tokens", "seed"} if verb in ("generate", "chat") else set()
-    positional = {"distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC", "push": "OUT", "diff": "A"}
+    positional = {
+        "distill": "TEACHER", "pack": "RUN", "flips": "RUN", "import": "SRC", "push": "OUT", "diff": "A", "export": "OUT",
+    }  # fmt: skip
     assert {**positional, "data": "{self-generate,teacher-logits}"}.get(verb, "MODEL") in out
     for option in options:
         assert f"--{option.replace('_', '-')}" in out

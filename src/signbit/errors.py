@@ -27,6 +27,10 @@ class FormatError(SignbitError):
     """A packed directory that is damaged, incomplete, of a newer version, or in the way of a new one."""
 
 
+class ExportError(SignbitError):
+    """A layer, model or tokenizer that another program's form cannot hold as it is."""
+
+
 class DataError(SignbitError):
     """A text or data set that is missing, empty or too short for what was asked."""
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from signbit.cli.data import DataOptions, data
+from signbit.cli.exporting import ExportOptions, export
 from signbit.cli.importing import ImportOptions, import_checkpoint
 from signbit.cli.measuring import DoctorOptions, EvalOptions, InfoOptions, MemoryOptions, doctor, evaluate, info, memory
 from signbit.cli.publishing import PushOptions, push
@@ -49,6 +50,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], type]] = {
     "generate": (generate, PromptOptions),
     "chat": (chat, ChatOptions),
     "serve": (serve, ServeOptions),
+    "export": (export, ExportOptions),
     "push": (push, PushOptions),
     "doctor": (doctor, DoctorOptions),
 }

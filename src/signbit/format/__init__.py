@@ -3,6 +3,7 @@
 from signbit.format.description import FORMAT_VERSION, Description, Int8Spec
 from signbit.format.parts import Parts
 from signbit.format.reader import (
+    LazyTensors,
     StoredTensors,
     TensorHeader,
     headers_sha256,
@@ -11,12 +12,13 @@ from signbit.format.reader import (
     verify,
     weight_files,
 )
-from signbit.format.writer import check_target, tensors_sha256, total_bytes, write
+from signbit.format.writer import check_target, staged, tensors_sha256, total_bytes, write
 
 __all__ = [
     "FORMAT_VERSION",
     "Description",
     "Int8Spec",
+    "LazyTensors",
     "Parts",
     "StoredTensors",
     "TensorHeader",
@@ -24,6 +26,7 @@ __all__ = [
     "headers_sha256",
     "read_description",
     "read_headers",
+    "staged",
     "tensors_sha256",
     "total_bytes",
     "verify",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -45,7 +46,15 @@ class TensorHeader:
         return self.end - self.begin
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor], ABC):
+    """Tensors by name, each read or computed when it is asked for and not kept."""
+
+    @abstractmethod
+    def empty(self, name: str) -> Tensor:
+        """The tensor's dtype and shape, on the meta device."""
+
+
+class StoredTensors(LazyTensors):
     """Tensors in safetensors files by name, each read from the disk when it is asked for and not kept."""
 
     def __init__(self, headers: Mapping[str, TensorHeader]) -> None:
@@ -68,7 +77,6 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self.headers)
 
     def empty(self, name: str) -> Tensor:
-        """The tensor's dtype and shape, on the meta device."""
         header = self.headers[name]
         return torch.empty(header.shape, dtype=getattr(torch, _TORCH_NAMES[header.dtype]), device="meta")
 

@@ -19,10 +19,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from signbit.errors import FormatError
-from signbit.format.reader import StoredTensors
+from signbit.format.reader import LazyTensors
 
 #: Files that a model directory has; --overwrite deletes no directory with others in it.
-_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".md", ".py", ".jinja", ".txt", ".model")
+_MODEL_FILES = ("Modelfile",)
+_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".md", ".py", ".jinja", ".txt", ".model", ".gguf")
 #: The size at which transformers' save_pretrained begins another file; the same here, so that both write equal files.
 SHARD_BYTES = 50_000_000_000
 _SAFETENSORS_NAMES = {
@@ -40,7 +41,7 @@ def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors' dtypes and shapes; none of those on disk is read."""
     if isinstance(tensors, ChainMap):
         return {name: tensor for part in reversed(tensors.maps) for name, tensor in _on_meta(part).items()}
-    if isinstance(tensors, StoredTensors):
+    if isinstance(tensors, LazyTensors):
         return {name: tensors.empty(name) for name in tensors}
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 
@@ -99,8 +100,9 @@ def check_target(out: str | Path, overwrite: bool) -> Path:
         return path
     if not overwrite:
         raise FormatError(f"{out} exists; give another -o, or --overwrite to replace it")
-    strange = [name for name in names if Path(name).suffix not in _MODEL_SUFFIXES or (path / name).is_dir()]
-    if strange or not any(name.endswith((".safetensors", ".bin")) for name in names):
+    known = {name for name in names if name in _MODEL_FILES or Path(name).suffix in _MODEL_SUFFIXES}
+    strange = [name for name in names if name not in known or (path / name).is_dir()]
+    if strange or not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names):
         what = f"holds {strange[0]}" if strange else "holds no weights"
         raise FormatError(f"{out} {what}, so it is more than a model; signbit will not replace it: delete it yourself")
     return path
@@ -145,24 +147,35 @@ def write(out: str | Path, tensors: Mapping[str, Tensor], files: Mapping[str, by
     beside `out` and renamed once it is complete; what stood at `out` stays until then. Raises FormatError if `out` may
     not be replaced or the disk is full.
     """
-    path = check_target(out, overwrite)
     shapes = _on_meta(tensors)
     need = total_bytes(tensors) + sum(map(len, files.values()))
+    with staged(out, need, overwrite) as staging:
+        split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+        for file_name, names in split.filename_to_tensors.items():
+            write_safetensors(staging / file_name, tensors, names)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (staging / "model.safetensors.index.json").write_text(content)
+        for name, content_bytes in files.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).write_bytes(content_bytes)
+    return Path(out).absolute()
+
+
+@contextlib.contextmanager
+def staged(out: str | Path, need: int, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory that takes the place of `out` when the block ends well, and goes if it does not.
+
+    `need` is how many bytes it will hold. Raises FormatError if `out` may not be replaced or the disk is full.
+    """
+    path = check_target(out, overwrite)
     try:
         with _staging(path) as staging:
             free = shutil.disk_usage(staging).free
             if free < need:
                 raise OSError(errno.ENOSPC, f"{need} bytes are needed, {free} are free")
-            split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
-            for file_name, names in split.filename_to_tensors.items():
-                write_safetensors(staging / file_name, tensors, names)
-            if split.is_sharded:
-                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-                content = json.dumps(index, indent=2, sort_keys=True) + "\n"
-                (staging / "model.safetensors.index.json").write_text(content)
-            for name, content_bytes in files.items():
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                (staging / name).write_bytes(content_bytes)
+            yield staging
             for file in staging.rglob("*"):
                 if file.is_file():
                     with file.open("rb") as stream:
@@ -172,4 +185,3 @@ def write(out: str | Path, tensors: Mapping[str, Tensor], files: Mapping[str, by
         raise FormatError(
             f"{out} could not be written ({error}); nothing was changed there. Free space or give another -o"
         ) from error
-    return path

@@ -22,8 +22,9 @@ from signbit.weight import BinaryWeight
 MAGIC = b"GGUF"
 _Q1_BLOCK, _TQ2_BLOCK = 128, 256
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INSIDE = {
+#: What stands outside of the blocks and in them: llama.cpp's names, and transformers'.
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+INSIDE = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
@@ -105,7 +106,7 @@ class _File:
 
     def _name(self, name: str) -> str:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        known = (_OUTSIDE if match is None or match[1] is None else _INSIDE).get(match[2]) if match else None
+        known = (OUTSIDE if match is None or match[1] is None else INSIDE).get(match[2]) if match else None
         if match is None or known is None:
             raise FormatError(
                 f"{self.path}: the tensor {name} is not one of a {self.kind} model that transformers has; nothing was imported"
@@ -197,6 +198,11 @@ def _token(name: str) -> str:
 def open_gguf(path: Path) -> Checkpoint:
     """The checkpoint in a GGUF file; raises FormatError for another architecture, or if no matrix is Q1_0 or TQ2_0."""
     file = _File(path)
+    require(
+        "signbit.adapter" not in file.metadata,
+        f"{path} is half of a model: its shifts are in {file.metadata.get('signbit.adapter')}, which is not read. Go back to "
+        "the packed directory that it was made of",
+    )
     packed = [
         name
         for name, tensor in file.tensors.items()

@@ -21,6 +21,12 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.cat([packed >> 2 * i & 3 for i in range(4)])
 
 
+def pack(codes: Tensor) -> Tensor:
+    """The inverse of `unpack`: uint8 [N/4, K] of uint8 [N, K]."""
+    quarters = codes.reshape(4, -1, codes.shape[1])
+    return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+
+
 def layer(parts: Mapping[str, Tensor], values: Mapping[str, Any]) -> Layer:
     """y = s·(T·q)·a/127 + bias, q the 8-bit activations of a token; T = (S₁ + S₂)/2, two planes, exact.
 
