@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
 
 import signbit
-from tests.conftest import tiny_llama_config
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not here: it has an environment of its own (make vllm)"
@@ -28,7 +28,7 @@ def test_vllm_finds_the_plugin():
     (point,) = entry_points(group="vllm.general_plugins", name="signbit")
     module, _, function = point.value.partition(":")
     spec = importlib.util.find_spec(module)
-    assert f"\ndef {function}()" in open(spec.origin, encoding="utf-8").read()
+    assert f"\ndef {function}()" in Path(spec.origin).read_text(encoding="utf-8")
 
 
 def test_nothing_else_of_signbit_imports_vllm(tmp_path):
@@ -80,8 +80,8 @@ def engine(monkeypatch):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     def make(directory, dtype="float32", **options):
-        options = {"max_model_len": 128, "max_num_seqs": 4, "enforce_eager": True, "seed": 0, **options}
-        return LLM(directory, dtype=dtype, **options)
+        options = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 128, **options}
+        return LLM(directory, dtype=dtype, seed=0, **{"enforce_eager": True, **options})
 
     yield make
     cleanup_dist_env_and_memory()
@@ -94,7 +94,9 @@ def differences(directory, llm, new_tokens=8, mode="exact"):
 
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, prompt_logprobs=0, ignore_eos=True)
     (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
-    got = torch.tensor([place[token].logprob for place, token in zip(answer.prompt_logprobs[1:], PROMPT[1:])])
+    got = torch.tensor(
+        [place[token].logprob for place, token in zip(answer.prompt_logprobs[1:], PROMPT[1:], strict=True)]
+    )
     written = list(answer.outputs[0].token_ids)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     signbit.set_activations(model, mode)
@@ -124,9 +126,78 @@ METHODS = [
 ]
 
 
+def names(value):
+    return value if isinstance(value, str) else "-".join(map(str, value.values()))
+
+
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "options"), METHODS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
+@pytest.mark.parametrize(("family", "options"), METHODS, ids=names)
 def test_vllm_gives_what_transformers_gives(family, options, engine, tokenizer, tmp_path):
     directory = packed(tmp_path / "out", tokenizer, family, **options)
     assert differences(directory, engine(directory)) < 1e-3
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_int8_activations_are_asked_for(engine, tokenizer, tmp_path):
+    directory = packed(tmp_path / "out", tokenizer, "llama", method="absmean", head="int8")
+    llm = engine(directory, additional_config={"signbit_activations": "int8"})
+    # A code that is rounded the other way, after sums in another order, is one in 127.
+    assert differences(directory, llm, mode="int8") < 0.05 < differences(directory, llm, mode="exact")
+
+
+def largest_floats_and_packed_layers(model):
+    from signbit.linear import PackedLinear
+
+    blocks = model.model.layers
+    floats = [t.numel() for t in (*blocks.parameters(), *blocks.buffers()) if t.is_floating_point()]
+    layers = [m for m in blocks.modules() if isinstance(m, PackedLinear)]
+    return max(floats), sum(bool(layer.prepared) for layer in layers), sum(layer.nbytes for layer in layers)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_weights_stay_packed_in_memory(engine, tokenizer, tmp_path):
+    llm = engine(packed(tmp_path / "out", tokenizer, "llama", method="absmean"))
+    ((most, kernels, nbytes),) = llm.apply_model(largest_floats_and_packed_layers)
+    weights = 2 * 128 * (128 * 3 + 192 * 3)
+    assert kernels == 2 * 7
+    assert most <= 2 * 192 + 1 and nbytes < 1.5 * weights / 8
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("gpt2", {}, "holds q, k and v in one matrix whose rows vLLM orders anew"),
+        ("llama", {"additional_config": {"signbit_activations": "int4"}}, "signbit_activations in additional_config"),
+        ("llama", {"ways": 2}, "tensor_parallel_size is 2: packed matrices are not divided"),
+        ("llama", {"flip": True}, "do not match tensors_sha256"),
+    ],
+)
+def test_what_it_refuses(family, options, message, engine, tokenizer, tmp_path, monkeypatch):
+    from signbit.serve import vllm as plugin
+
+    directory = packed(tmp_path / "out", tokenizer, family, method="absmean")
+    if ways := options.pop("ways", None):
+        monkeypatch.setattr(plugin, "get_tensor_model_parallel_world_size", lambda: ways)
+    if options.pop("flip", False):
+        file = tmp_path / "out" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(Exception, match=message):
+        engine(directory, **options)
+
+
+@needs_vllm
+def test_outputs_that_depend_on_the_batch_are_refused():
+    from signbit.serve.vllm import SignbitVllmConfig
+
+    weights = [{"out_features": 8, "in_features": 8}]
+    layers = [{"weights": weights, "norm_out": "batch_absmax", "modules": ["a"]}]
+    config = {"quant_method": "signbit", "format_version": 1, "layers": layers, "int8": {}}
+    with pytest.raises(signbit.SignbitError, match="batches mix requests"):
+        SignbitVllmConfig.from_config(config)

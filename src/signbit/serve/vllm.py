@@ -144,9 +144,7 @@ class SignbitVllmConfig(QuantizationConfig):
 def _activations() -> str:
     mode = (get_current_vllm_config().additional_config or {}).get(ACTIVATIONS, "exact")
     if mode not in ops.ACTIVATION_MODES:
-        raise OptionError(
-            f"{ACTIVATIONS} in additional_config is {mode!r}; allowed: {', '.join(ops.ACTIVATION_MODES)}"
-        )
+        raise OptionError(f"{ACTIVATIONS} in additional_config is {mode!r}; allowed: {', '.join(ops.ACTIVATION_MODES)}")
     return str(mode)
 
 
@@ -169,7 +167,7 @@ class PackedMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         *args: Any,
@@ -208,11 +206,13 @@ class PackedMethod(LinearMethodBase):
             )
         self.loaded[index][name] = tensor.clone()  # the loader's lies in the mapped file
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Builds the parts and brings them into the kernels' order; what vLLM handed over is dropped."""
         biases = self._biases(layer)
         parts = [
-            self._packed(name, spec, self.loaded[i], biases[i]) if spec else self._dense(name, self.loaded[i], biases[i])
+            self._packed(name, spec, self.loaded[i], biases[i])
+            if spec
+            else self._dense(name, self.loaded[i], biases[i])
             for i, (name, spec) in enumerate(self.specs.items())
         ]
         for name in self.names:
@@ -220,7 +220,7 @@ class PackedMethod(LinearMethodBase):
         self.loaded = []
         layer.parts = nn.ModuleList(parts)
 
-    def _biases(self, layer: nn.Module) -> list[Tensor | None]:
+    def _biases(self, layer: Any) -> list[Tensor | None]:
         """The bias of each part: vLLM keeps one for all, or adds it later (`skip_bias_add`)."""
         for name, spec in self.specs.items():
             if spec is not None and spec.bias != (layer.bias is not None):
@@ -259,9 +259,9 @@ class PackedMethod(LinearMethodBase):
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # The parts hold the bias already.
-        outputs = [part(x) for part in layer.parts]  # type: ignore[union-attr]
+        outputs = [part(x) for part in layer.parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
@@ -274,7 +274,7 @@ class Int8Method(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         *args: Any,
@@ -291,17 +291,17 @@ class Int8Method(QuantizeMethodBase):
             set_weight_attrs(place, {"output_dim": 0, "weight_loader": weight_loader})
             layer.register_parameter(name, place)
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         layer.weight, layer.scale = embed_tokens.weight, embed_tokens.scale
         return layer
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         # Without the multiplier: where there is one (Gemma), vLLM's model multiplies by it.
-        scale = F.embedding(ids, layer.scale[:, None])  # type: ignore[index]
-        return F.embedding(ids, layer.weight).to(scale.dtype) * scale  # type: ignore[arg-type]
+        scale = F.embedding(ids, layer.scale.unsqueeze(1))
+        return F.embedding(ids, layer.weight).to(scale.dtype) * scale
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = ops.int8_linear(x, layer.weight, layer.scale, self.activations)  # type: ignore[arg-type]
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = ops.int8_linear(x, layer.weight, layer.scale, self.activations)
         return y if bias is None else (y + bias).to(y.dtype)
 
 
