@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -62,6 +62,7 @@ class SignbitVllmConfig(QuantizationConfig):
         super().__init__()
         self.description = description
         self.layers: dict[str, LayerSpec] = dict(description.layers)
+        self.embedding_is_made = False
         for name, spec in self.layers.items():
             if spec.norm_out == "batch_absmax":
                 raise OptionError(
@@ -118,7 +119,16 @@ class SignbitVllmConfig(QuantizationConfig):
             raise OptionError(
                 f"{prefix} holds q, k and v in one matrix whose rows vLLM orders anew, which packed rows are not: {INSTEAD}"
             )
+        self._refuse_dense_embedding()
         return PackedMethod({name: self.layers.get(name) for name in parts}, _activations())
+
+    def _refuse_dense_embedding(self) -> None:
+        """The embedding comes before the blocks; where vLLM's model did not ask for its method, it cannot be int8."""
+        is_int8 = any(spec.kind == "embedding" for spec in self.description.int8.values())
+        if is_int8 and not self.embedding_is_made and get_pp_group().is_first_rank:
+            raise OptionError(
+                f"vLLM's model for {_model_type()} takes a dense embedding only: quantize without --head int8"
+            )
 
     def _parts(self, prefix: str) -> list[str]:
         """The names in the checkpoint of the layers that vLLM's layer `prefix` is made of."""
@@ -128,17 +138,29 @@ class SignbitVllmConfig(QuantizationConfig):
 
     def _vocabulary_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         is_head = isinstance(layer, ParallelLMHead)
+        self.embedding_is_made |= not is_head
         if is_head and prefix in self.layers:
             return PackedMethod({prefix: self.layers[prefix]}, _activations())
         # An embedding is not given its name by every model; a directory has one at most.
         kind = "head" if is_head else "embedding"
         size = (layer.org_vocab_size, layer.embedding_dim)
         found = [s for s in self.description.int8.values() if s.kind == kind and (s.rows, s.columns) == size]
-        return Int8Method(found[0], _activations()) if found else None
+        if not found:
+            return None
+        if found[0].multiplier != 1 and not _model_type().startswith("gemma"):
+            raise OptionError(
+                f"the int8 embedding of {_model_type()} multiplies its rows by {found[0].multiplier:g}, which is known of "
+                f"vLLM's Gemma only: quantize without --head int8"
+            )
+        return Int8Method(found[0], _activations())
 
     def _refuse_packed_experts(self, prefix: str) -> None:
         if any(name.startswith(f"{prefix}.") for name in self.layers):
             raise OptionError(f"{prefix} is a mixture of packed experts, which this plugin does not run: {INSTEAD}")
+
+
+def _model_type() -> str:
+    return str(get_current_vllm_config().model_config.hf_text_config.model_type)
 
 
 def _activations() -> str:
