@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow lint env clean
+.PHONY: demo test test-slow lint docs env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo
@@ -23,6 +23,9 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
+
 env: $(VENV)/.test $(VENV)/.demo
 
 $(VENV)/bin/python:
@@ -37,6 +40,10 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,lora,plot,serve,test,dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 # DeepSpeed is built from its sources, which look at the torch that is there.
 $(VENV)/.engines: $(VENV)/.test
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools
@@ -44,4 +51,4 @@ $(VENV)/.engines: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache demo-out
+	rm -rf $(VENV) .cache demo-out site

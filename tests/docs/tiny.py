@@ -6,14 +6,19 @@ import json
 import lzma
 import random
 import shutil
+from ctypes import CDLL
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
+import xllamacpp
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from signbit.cli import main
 from tests.conftest import tiny_llama_config
 from tests.evaluate.test_tasks import ROWS, write_rows
+from tests.interop import test_gguf
 from tests.interop import test_import as foreign
 from tests.interop.test_pbllm import saved as pbllm_saved
 
@@ -30,7 +35,29 @@ _TEMPLATE = (
 )
 _STEPS = {"--max-steps": "2", "--sequence-length": "16", "--batch-size": "2", "--accumulation": "1", "--warmup-steps": "1",
           "--save-every": "1", "--log-every": "1", "--validation-blocks": "1"}  # fmt: skip
+#: A recipe of two blocks.
+_RECIPE = """about = "tiny"
+method = "fbi"
+vocabulary = 64
+[shape]
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+[train]
+max_steps = 2
+sequence_length = 16
+batch_size = 2
+"""
 _SHAPE = {"--hidden-size": "32", "--intermediate-size": "64", "--num-hidden-layers": "2", "--num-attention-heads": "4"}
+
+
+#: What is the one tiny model, as a directory of that name.
+MODELS = (
+    "MODEL", "TEACHER", "huggyllama/llama-7b", "huggyllama/llama-13b", "meta-llama/Llama-2-7b-hf",
+    "meta-llama/Llama-2-13b-hf", "TinyLlama/TinyLlama-1.1B-step-1431k-3T", "facebook/opt-350m", "facebook/opt-1.3b",
+)  # fmt: skip
+TOKENIZERS = ("TOKENIZER", "DIR", "beomi/llama-2-ko-7b")
 
 
 @dataclass(frozen=True)
@@ -51,18 +78,23 @@ SMALLER = {
     "data teacher-logits": Smaller({"--sequence-length": "16", "--batch": "2"}, {"--top": "8"}),
     "eval": Smaller(given={"--max-windows": "1", "--limit": "1", "--data-dir": "DATA"}),
     "generate": Smaller(given={"--max-new-tokens": "3"}),
-    "memory": Smaller(),
+    "memory": Smaller({"--measure": "never"}, {"--recipe": "tiny.toml"}),
 }
 
-#: Words → what stands for them: sets of the hub and what has 57 parts.
-WORDS = {"mmlu": "mmlu_anatomy", "../shared/data": "DATA"}
+#: Words → what stands for them: what has 57 parts, what is called otherwise here, checkpoints of two steps.
+WORDS = {
+    "mmlu": "mmlu_anatomy", "../shared/data": "DATA", "stories260K": "MODEL",
+    "RUN/checkpoint-500": "LORA/checkpoint-2", "run/checkpoint-24": "LORA/checkpoint-2",
+}  # fmt: skip
 
-#: In Python: sets of the hub → files; a directory that exists already → a new one.
+#: In Python: sets of the hub → files; a directory that exists already → a new one; MODEL in full precision.
 PYTHON_WORDS = {
     'datasets.load_dataset("tatsu-lab/alpaca", split="train")': (
         'datasets.load_dataset("json", data_files="alpaca_rows.jsonl", split="train")'
     ),
     'signbit.save(model, "OUT")': 'signbit.save(model, "NEW")',
+    "signbit.quantize_(model,": 'signbit.quantize_(AutoModelForCausalLM.from_pretrained("MODEL"),',
+    '"RUN/checkpoint-500"': '"LORA/checkpoint-2"',
     '"text.jsonl")': '"text.jsonl", samples=2, sequence_length=16)',
 }
 
@@ -91,11 +123,15 @@ def made_small(words: list[str]) -> list[str]:
             at += 1
     verb = " ".join(kept[1:3]) if kept[1] == "data" else kept[1]
     smaller = SMALLER.get(verb, Smaller())
-    if "--list" in kept or "--lora" in kept[:1]:
+    if "--list" in kept:
         return kept
+    if "--lora" in kept and "RUN" in kept:
+        kept[kept.index("RUN")] = "LORA"  # RUN stays a run of a binary model
     flags = {**smaller.always, **{flag: value for flag, value in smaller.given.items() if flag in kept}}
     if verb == "pretrain" and "--model" not in kept:
         flags |= _SHAPE
+    if verb in ("distill", "finetune", "pretrain") and "--data" not in kept:
+        flags |= {"--data": "corpus.txt"}  # the recipe's own comes from the hub
     if verb == "quantize" and "--calibration" in kept:
         flags |= {"--samples": "2", "--sequence-length": "16"}
     if verb == "eval" and "--tasks" not in kept and "--requests" not in kept:
@@ -127,11 +163,13 @@ def make(folder: Path, tokenizer) -> Path:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = _TEMPLATE
     folder.mkdir()
-    model = LlamaForCausalLM(tiny_llama_config(max_position_embeddings=2048))
-    for name in ("MODEL", "TEACHER"):
+    model = LlamaForCausalLM(tiny_llama_config(hidden_size=64, intermediate_size=128, max_position_embeddings=2048))
+    for name in MODELS:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "TOKENIZER")
+    for name in TOKENIZERS:
+        tokenizer.save_pretrained(folder / name)
+    (folder / "tiny.toml").write_text(_RECIPE)
     _texts(folder)
     _checkpoints(folder, tokenizer)
     _results(folder)
@@ -146,19 +184,21 @@ def _texts(folder: Path) -> None:
         (folder / "DATA" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "DATA" / name).write_text(text)
     (folder / "DATA/c4").mkdir()
-    for name in ("DATA/c4/c4-train.part.jsonl", "DATA/c4/c4-validation.part.jsonl", "own.jsonl", "text.jsonl"):
+    for name in ("DATA/c4/c4-train.part.jsonl", "DATA/c4/c4-validation.part.jsonl", "own.jsonl", "text.jsonl",
+                 "korean.jsonl"):  # fmt: skip
         (folder / name).write_text(rows)
     for name in ("corpus.txt", "other.txt", "stories.txt", "own.txt"):
         (folder / name).write_text(text)
     for name in ("corpus.txt.xz", "novels.txt.xz", "books.txt.xz", "short.txt.xz"):
         with lzma.open(folder / name, "wt") as file:
             file.write(text)
-    with gzip.open(folder / "train_000.jsonl.gz", "wt") as file:
+    (folder / "amber").mkdir()
+    with gzip.open(folder / "amber/train_000.jsonl.gz", "wt") as file:
         for part in text.split("\n\n"):
             file.write(json.dumps({"token_ids": [3 + len(word) for word in part.split()[:17]]}) + "\n")
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": " ".join(["w3"] * 6)}]
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(40)))
-    (folder / "pairs.jsonl").write_text(
+    (folder / "alpaca.jsonl").write_text(
         "".join(json.dumps({"prompt": "w1 w2", "completion": " w3 w4"}) + "\n" for _ in range(40))
     )
     (folder / "alpaca_rows.jsonl").write_text(json.dumps({"text": "w1 w2 w3", "output": "w3"}) + "\n")
@@ -169,7 +209,7 @@ def _texts(folder: Path) -> None:
 
 def _checkpoints(folder: Path, tokenizer) -> None:
     forms = {
-        "SRC": foreign.fbi, "LiqunMa/FBI-LLM_130M": foreign.fbi, "ckpt-12": foreign.fbi, "onebit-packed": foreign.onebit_packed,
+        "SRC": foreign.fbi, "FBI-LLM_130M": foreign.fbi, "ckpt-12": foreign.fbi, "onebit-packed": foreign.onebit_packed,
         "onebit-trained": foreign.onebit, "bitnet-transformers": foreign.beomi, "bitnet-b1.58": foreign.ternary,
     }  # fmt: skip
     for name, form in forms.items():
@@ -178,13 +218,15 @@ def _checkpoints(folder: Path, tokenizer) -> None:
     _, dense, masks = pbllm_saved(folder / "pbllm-saved")
     tokenizer.save_pretrained(dense)
     shutil.move(str(masks), folder / "gptq_pb/outputs/mask")
+    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "ab"]
+    ggml = CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+    test_gguf.write(folder / "model.gguf", ggml, test_gguf.Type.Q1_0, tokens=tokens, vocab_size=len(tokens))
 
 
 def _results(folder: Path) -> None:
     """What earlier commands of a page leave: a packed directory, one that is calibrated, a run, own text."""
-    import contextlib
-
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         run("signbit quantize MODEL -o OUT --method absmean --group 8".split())
         run("signbit quantize MODEL -o PTQ --method pbllm --salient 0.1 --calibration c4".split())
         run("signbit distill MODEL -o RUN --data corpus.txt".split())
