@@ -32,12 +32,12 @@ class Section:
 
 def help_of(argv: list[str]) -> list[Section]:
     """What `signbit ARGV --help` says, box by box."""
-    from signbit.cli import main
+    from signbit import cli
 
     os.environ["COLUMNS"] = "100"  # one box beside another starts at 160
     said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # tyro draws its boxes by the stream's encoding
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        main([*argv, "--help"])
+        cli.main([*argv, "--help"])
     said.seek(0)
     sections = list(read_help(said.read()))
     if not any(section.flags for section in sections):

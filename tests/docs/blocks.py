@@ -42,13 +42,16 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def commands(self) -> list[list[str]]:
-        """The words of each command of a shell block; comments are left out, `;` and `&&` divide commands."""
+        """The words of each command of a shell block; comments are left out, `;` and `&&` divide commands, and `... --resume` is the
+        command before once more."""
         found = []
         for line in self.text.replace("\\\n", " ").splitlines():
             words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=";&")
             words.whitespace_split, command = True, []
             for word in [*words, ";"]:
                 if word in (";", "&&"):
+                    if {"...", "--resume"} <= set(command):
+                        command = [*found[-1], "--resume"]
                     found += [command] if command else []
                     command = []
                 else:

@@ -10,6 +10,16 @@ from tests.docs.blocks import PYTHON, QUOTED, ROOT, SHELL, MarkerError, all_bloc
 
 BLOCKS = all_blocks()
 RUN = [block for block in BLOCKS if block.language not in QUOTED and block.marker is None]
+#: Pages of which the training and calibration of many commands takes longer.
+SLOW = {"docs/guides/coming-from.md", "docs/training.md", "docs/binarizers.md"}
+
+
+def of(languages):
+    return [
+        pytest.param(block, id=str(block), marks=[pytest.mark.slow] if block.page in SLOW else [])
+        for block in RUN
+        if block.language in languages
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +46,7 @@ def is_run_elsewhere(words):
     return True
 
 
-@pytest.mark.parametrize("block", [block for block in RUN if block.language in SHELL], ids=str)
+@pytest.mark.parametrize("block", of(SHELL))
 def test_commands_run(block, place, capsys):
     for words in block.commands():
         if words[0] == "signbit":
@@ -47,7 +57,7 @@ def test_commands_run(block, place, capsys):
             )
 
 
-@pytest.mark.parametrize("block", [block for block in RUN if block.language in PYTHON], ids=str)
+@pytest.mark.parametrize("block", of(PYTHON))
 def test_python_runs(block, place, capsys):
     text = block.text
     for word, instead in tiny.PYTHON_WORDS.items():

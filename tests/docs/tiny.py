@@ -49,7 +49,8 @@ max_steps = 2
 sequence_length = 16
 batch_size = 2
 """
-_SHAPE = {"--hidden-size": "32", "--intermediate-size": "64", "--num-hidden-layers": "2", "--num-attention-heads": "4"}
+_SHAPE = {"--hidden-size": "32", "--intermediate-size": "64", "--num-hidden-layers": "2", "--num-attention-heads": "4",
+          "--max-position-embeddings": "2048"}  # fmt: skip
 
 
 #: What is the one tiny model, as a directory of that name.
@@ -184,7 +185,10 @@ def _texts(folder: Path) -> None:
         (folder / "DATA" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "DATA" / name).write_text(text)
     (folder / "DATA/c4").mkdir()
-    for name in ("DATA/c4/c4-train.part.jsonl", "DATA/c4/c4-validation.part.jsonl", "own.jsonl", "text.jsonl",
+    (folder / "DATA/c4/c4-validation.part.jsonl").write_text(
+        json.dumps({"text": text}) + "\n"
+    )  # a window has 2048 tokens
+    for name in ("DATA/c4/c4-train.part.jsonl", "own.jsonl", "text.jsonl",
                  "korean.jsonl"):  # fmt: skip
         (folder / name).write_text(rows)
     for name in ("corpus.txt", "other.txt", "stories.txt", "own.txt"):
@@ -213,7 +217,7 @@ def _checkpoints(folder: Path, tokenizer) -> None:
         "onebit-trained": foreign.onebit, "bitnet-transformers": foreign.beomi, "bitnet-b1.58": foreign.ternary,
     }  # fmt: skip
     for name, form in forms.items():
-        form(folder / name)
+        form(folder / name, max_position_embeddings=2048)
         tokenizer.save_pretrained(folder / name)
     _, dense, masks = pbllm_saved(folder / "pbllm-saved")
     tokenizer.save_pretrained(dense)
@@ -227,8 +231,22 @@ def _results(folder: Path) -> None:
     """What earlier commands of a page leave: a packed directory, one that is calibrated, a run, own text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run("signbit quantize MODEL -o OUT --method absmean --group 8".split())
-        run("signbit quantize MODEL -o PTQ --method pbllm --salient 0.1 --calibration c4".split())
-        run("signbit distill MODEL -o RUN --data corpus.txt".split())
-        run("signbit data self-generate MODEL -o own.tokens".split())
-        run("signbit finetune OUT -o LORA --lora --data chat.jsonl".split())
+        run(["signbit", "quantize", "MODEL", "-o", "OUT", "--method", "absmean", "--group", "8"])
+        run(
+            [
+                "signbit",
+                "quantize",
+                "MODEL",
+                "-o",
+                "PTQ",
+                "--method",
+                "pbllm",
+                "--salient",
+                "0.1",
+                "--calibration",
+                "c4",
+            ]
+        )
+        run(["signbit", "distill", "MODEL", "-o", "RUN", "--data", "corpus.txt"])
+        run(["signbit", "data", "self-generate", "MODEL", "-o", "own.tokens"])
+        run(["signbit", "finetune", "OUT", "-o", "LORA", "--lora", "--data", "chat.jsonl"])
