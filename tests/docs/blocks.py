@@ -20,7 +20,8 @@ QUOTED = {"text", "json", "toml", "yaml"}
 
 _MARKER = re.compile(
     r"<!-- not run: (?P<why>.{10,}?)\. "
-    r"(Last run: (?P<date>\d{4}-\d\d-\d\d), commit (?P<commit>[0-9a-f]{7,40}), (?P<machine>.{3,})|Never run: (?P<waits>.{10,})) -->"
+    r"(Last run: (?P<date>\d{4}-\d\d-\d\d), commit (?P<commit>[0-9a-f]{7,40}), (?P<machine>.{3,})|"
+    r"Never run: (?P<waits>.{10,})) -->"
 )
 
 
@@ -42,8 +43,10 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def commands(self) -> list[list[str]]:
-        """The words of each command of a shell block; comments are left out, `;` and `&&` divide commands, and `... --resume` is the
-        command before once more."""
+        """The words of each command of a shell block, without comments.
+
+        `;` and `&&` divide commands, and `... --resume` is the command before once more.
+        """
         found = []
         for line in self.text.replace("\\\n", " ").splitlines():
             words = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=";&")

@@ -66,9 +66,9 @@ def test_python_runs(block, place, capsys):
 
 
 def test_what_a_block_is_and_what_a_marker_must_say():
-    page = "<!-- not run: a GPU is needed. Last run: 2026-11-25, commit fb03f89, one H100 -->\n```sh\nsignbit a \\\n  b # c\n```\n"
-    (block,) = blocks_of(page, "page.md")
-    assert block.commands() == [["signbit", "a", "b"]] and block.marker is not None and str(block) == "page.md:2"
+    marker = "<!-- not run: a GPU is needed. Last run: 2026-11-25, commit fb03f89, one H100 -->"
+    (block,) = blocks_of(f"{marker}\n```sh\nsignbit a \\\n  b # c\n```\n", "page.md")
+    assert block.commands() == [["signbit", "a", "b"]] and block.marker == marker and str(block) == "page.md:2"
     for weak in (
         "<!-- not run -->",
         "<!-- not run: too long. -->",

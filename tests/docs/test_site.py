@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -37,8 +38,9 @@ def test_every_option_of_every_verb_and_method_has_its_lines(hooks):
     methods = page.partition("## Options of the methods")[2]
     for name, method in METHODS.items():
         own = methods.partition(f"### --method {name}\n")[2].partition("\n### ")[0]
-        for option, field in method.options.__dataclass_fields__.items():
-            assert f"--{'no-' if field.default is True else ''}{option.replace('_', '-')}" in own, (name, option)
+        for option in fields(method.options):
+            flag = f"--{'no-' if option.default is True else ''}{option.name.replace('_', '-')}"
+            assert f"`{flag}" in own, (name, flag)
 
 
 def test_a_help_in_which_no_option_is_found_is_an_error(hooks, monkeypatch):

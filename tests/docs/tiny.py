@@ -131,8 +131,11 @@ def made_small(words: list[str]) -> list[str]:
     flags = {**smaller.always, **{flag: value for flag, value in smaller.given.items() if flag in kept}}
     if verb == "pretrain" and "--model" not in kept:
         flags |= _SHAPE
-    if verb in ("distill", "finetune", "pretrain") and "--data" not in kept:
-        flags |= {"--data": "corpus.txt"}  # the recipe's own comes from the hub
+    if verb in ("distill", "finetune", "pretrain"):
+        if "--data" not in kept:
+            flags |= {"--data": "corpus.txt"}  # a recipe's own comes from the hub
+        if "-o" not in kept:
+            flags |= {"-o": "RUN"}  # left out behind `...`
     if verb == "quantize" and "--calibration" in kept:
         flags |= {"--samples": "2", "--sequence-length": "16"}
     if verb == "eval" and "--tasks" not in kept and "--requests" not in kept:
