@@ -222,6 +222,8 @@ def _checkpoints(folder: Path, tokenizer) -> None:
     for name, form in forms.items():
         form(folder / name, max_position_embeddings=2048)
         tokenizer.save_pretrained(folder / name)
+    (folder / "ckpt-12/fabric_ckpt").mkdir()
+    (folder / "ckpt-12/fabric_ckpt/__0_0.distcp").write_bytes(b"sharded")
     _, dense, masks = pbllm_saved(folder / "pbllm-saved")
     tokenizer.save_pretrained(dense)
     shutil.move(str(masks), folder / "gptq_pb/outputs/mask")
