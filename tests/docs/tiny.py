@@ -16,6 +16,7 @@ import xllamacpp
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from signbit.cli import main
+from signbit.train.recipe import read_recipe
 from tests.conftest import tiny_llama_config
 from tests.evaluate.test_tasks import ROWS, write_rows
 from tests.interop import test_gguf
@@ -35,6 +36,9 @@ _TEMPLATE = (
 )
 _STEPS = {"--max-steps": "2", "--sequence-length": "16", "--batch-size": "2", "--accumulation": "1", "--warmup-steps": "1",
           "--save-every": "1", "--log-every": "1", "--validation-blocks": "1"}  # fmt: skip
+#: What recipes turn on and a tiny model on a CPU does not need → the flag that turns it off.
+_OFF = {"compile": "--no-compile", "cuda_graph": "--no-cuda-graph"}
+
 #: A recipe of two blocks.
 _RECIPE = """about = "tiny"
 method = "fbi"
@@ -128,6 +132,8 @@ def made_small(words: list[str]) -> list[str]:
         return kept
     if "--lora" in kept and "RUN" in kept:
         kept[kept.index("RUN")] = "LORA"  # RUN stays a run of a binary model
+    recipe = read_recipe(kept[kept.index("--recipe") + 1]) if "--recipe" in kept and verb != "memory" else {}
+    kept += [flag for key, flag in _OFF.items() if recipe.get("train", {}).get(key)]
     flags = {**smaller.always, **{flag: value for flag, value in smaller.given.items() if flag in kept}}
     if verb == "pretrain" and "--model" not in kept:
         flags |= _SHAPE
