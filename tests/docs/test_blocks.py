@@ -9,7 +9,11 @@ from tests.docs import tiny
 from tests.docs.blocks import PYTHON, QUOTED, ROOT, SHELL, MarkerError, all_blocks, blocks_of
 
 BLOCKS = all_blocks()
-RUN = [block for block in BLOCKS if block.language not in QUOTED and block.marker is None]
+RUN = [
+    block
+    for block in BLOCKS
+    if block.language not in QUOTED and block.marker is None and block.page not in tiny.PAGES_ELSEWHERE
+]
 #: Pages of which the training and calibration of many commands takes longer.
 SLOW = {"docs/guides/coming-from.md", "docs/training.md", "docs/binarizers.md"}
 
@@ -44,6 +48,12 @@ def is_run_elsewhere(words):
     file, said = tiny.ELSEWHERE[command]
     assert said in (ROOT / file).read_text(), f"{file} does not run {command!r} any more"
     return True
+
+
+def test_pages_that_other_tests_run():
+    for page, test in tiny.PAGES_ELSEWHERE.items():
+        name = page.rpartition("/")[2]
+        assert name in (ROOT / test).read_text(encoding="utf-8"), f"{test} does not read {page} any more"
 
 
 @pytest.mark.parametrize("block", of(SHELL))

@@ -108,6 +108,9 @@ PRELUDE = {
     "README.md": "from transformers import AutoTokenizer\ntokenizer = AutoTokenizer.from_pretrained('MODEL')\n",
 }
 
+#: Pages that another test runs as a whole → that test.
+PAGES_ELSEWHERE = {"docs/guides/server.md": "tests/serve/test_serving.py"}
+
 #: Commands that other parts of CI run → the file that runs them, and by which words of it.
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
