@@ -147,7 +147,7 @@ def made_small(words: list[str]) -> list[str]:
             flags |= {"-o": "RUN"}  # left out behind `...`
     if verb == "quantize" and "--calibration" in kept:
         flags |= {"--samples": "2", "--sequence-length": "16"}
-    if verb == "eval" and "--tasks" not in kept and "--requests" not in kept:
+    if verb == "eval" and ("--ppl" in kept or not {"--tasks", "--requests"} & set(kept)):
         flags |= {"--max-windows": "1"}
     if verb == "eval" and "--tasks" in kept:
         flags |= {"--limit": "1"}
