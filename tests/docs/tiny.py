@@ -59,7 +59,7 @@ _SHAPE = {"--hidden-size": "32", "--intermediate-size": "64", "--num-hidden-laye
 
 #: What is the one tiny model, as a directory of that name.
 MODELS = (
-    "MODEL", "TEACHER", "huggyllama/llama-7b", "huggyllama/llama-13b", "meta-llama/Llama-2-7b-hf",
+    "MODEL", "TEACHER", "BIG", "huggyllama/llama-7b", "huggyllama/llama-13b", "meta-llama/Llama-2-7b-hf",
     "meta-llama/Llama-2-13b-hf", "TinyLlama/TinyLlama-1.1B-step-1431k-3T", "facebook/opt-350m", "facebook/opt-1.3b",
 )  # fmt: skip
 TOKENIZERS = ("TOKENIZER", "DIR", "beomi/llama-2-ko-7b")
@@ -149,7 +149,7 @@ def made_small(words: list[str]) -> list[str]:
         flags |= {"--samples": "2", "--sequence-length": "16"}
     if verb == "eval" and ("--ppl" in kept or not {"--tasks", "--requests"} & set(kept)):
         flags |= {"--max-windows": "1"}
-    if verb == "eval" and "--tasks" in kept:
+    if verb == "eval" and ("--tasks" in kept or ({"--table", "--model"} <= set(kept) and "--ppl" not in kept)):
         flags |= {"--limit": "1"}
     if verb in ("generate", "chat"):
         flags |= {"--max-new-tokens": "3"}
