@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow lint env vllm clean
+.PHONY: demo test test-slow lint docs env vllm clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo
@@ -23,6 +23,9 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
+
 env: $(VENV)/.test $(VENV)/.demo
 
 $(VENV)/bin/python:
@@ -35,6 +38,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,lora,plot,serve,test,dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 # DeepSpeed is built from its sources, which look at the torch that is there.
@@ -60,4 +67,4 @@ $(VENV)-vllm/.vllm: pyproject.toml $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm .cache demo-out
+	rm -rf $(VENV) $(VENV)-vllm .cache demo-out site

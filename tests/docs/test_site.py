@@ -1,0 +1,78 @@
+"""What the site makes of the code: the command line's page and links as GitHub follows them. `make docs` builds it."""
+
+import importlib.util
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+
+from signbit import cli
+from signbit.methods import METHODS
+from tests.docs.blocks import ROOT
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hooks"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_option_of_every_verb_and_method_has_its_lines(hooks):
+    page = hooks.command_pages()
+    for verb, (_, options) in cli.VERBS.items():
+        assert f"\n## signbit {verb}" in f"\n{page}"
+        for option in set(options.__dataclass_fields__) - {
+            "model",
+            "source",
+            "prompt",
+            "teacher",
+            "run",
+            "kind",
+            "start",
+        }:
+            assert f"--{option.replace('_', '-')}" in page
+    methods = page.partition("## Options of the methods")[2]
+    for name, method in METHODS.items():
+        own = methods.partition(f"### --method {name}\n")[2].partition("\n### ")[0]
+        for option in fields(method.options):
+            flag = f"--{'no-' if option.default is True else ''}{option.name.replace('_', '-')}"
+            assert f"`{flag}" in own, (name, flag)
+
+
+def test_a_help_in_which_no_option_is_found_is_an_error(hooks, monkeypatch):
+    monkeypatch.setattr(cli, "main", lambda argv: print("usage: signbit quantize"))
+    with pytest.raises(ValueError, match="has tyro another form"):
+        hooks.help_of(["quantize"])
+
+
+@pytest.mark.parametrize(
+    ("here", "written", "leads_to"),
+    [
+        ("training.md", "[x](../launch/README.md#slurm)", "[x](launch.md#slurm)"),
+        ("guides/coming-from.md", "[x](../../launch/README.md)", "[x](../launch.md)"),
+        ("contributing.md", "[x](docs/design.md)", "[x](design.md)"),
+        ("guides/import.md", "[x](../training.md#measured)", "[x](../training.md#measured)"),
+        ("index.md", "[x](https://arxiv.org/abs/2407.07093)", "[x](https://arxiv.org/abs/2407.07093)"),
+        ("index.md", "[x](../src/signbit/linear.py)", "[x](../src/signbit/linear.py)"),  # of which mkdocs warns
+    ],
+)
+def test_links_between_files_of_the_repository(hooks, here, written, leads_to):
+    assert hooks.on_page_markdown(written, SimpleNamespace(file=SimpleNamespace(src_uri=here))) == leads_to
+
+
+def test_an_awaited_page_is_in_the_navigation_once_it_is_there(hooks, tmp_path):
+    def navigation():
+        config = SimpleNamespace(
+            docs_dir=str(tmp_path),
+            extra={"awaited": ["b.md"]},
+            nav=[{"A": "a.md"}, {"G": [{"B": "b.md"}, {"C": "c.md"}]}],
+        )
+        return hooks.on_config(config).nav
+
+    assert navigation() == [{"A": "a.md"}, {"G": [{"C": "c.md"}]}]
+    (tmp_path / "b.md").touch()
+    assert navigation() == [{"A": "a.md"}, {"G": [{"B": "b.md"}, {"C": "c.md"}]}]
