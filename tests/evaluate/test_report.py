@@ -196,7 +196,7 @@ def test_the_html_needs_no_other_file_and_says_the_same_as_the_markdown(tmp_path
     parts = [
         table,
         Picture(picture, "shows"),
-        Quote("m", "Once", "upon\n<b>"),
+        Quote("m", "Once", " upon\n<b>"),
         Code("signbit x"),
         Fold("more", table),
         "words",
@@ -214,6 +214,13 @@ def test_the_html_needs_no_other_file_and_says_the_same_as_the_markdown(tmp_path
     text = markdown(page)
     assert r"| a\|b | &lt;script> |" in text and "![shows](x.png)" in text and "```\nsignbit x\n```" in text
     assert re.search(r"\* m: Once \*\*upon &lt;b>\*\*", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [(" upon ", "Once **upon**"), (", said", "Once**, said**"), ("  ", "Once **(nothing)**")]
+)
+def test_a_text_goes_on_from_its_prompt_as_it_was_written(text, line):
+    assert f"* m: {line}" in markdown(Page("t", "a", [Section("s", [Quote("m", "Once", text)])]))
 
 
 def test_a_card_takes_a_report_in_the_place_of_the_one_before():

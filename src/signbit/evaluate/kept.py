@@ -29,8 +29,7 @@ def _path(model_sha256: str, protocol: dict[str, Any]) -> Path:
 def recall(model_sha256: str, protocol: dict[str, Any]) -> Any | None:
     """What was kept for a model under a protocol (JSON values), or None; a damaged file counts as none."""
     try:
-        kept = json.loads(_path(model_sha256, protocol).read_text(encoding="utf-8"))
-        return kept["found"] if kept["model_sha256"] == model_sha256 and kept["protocol"] == protocol else None
+        return json.loads(_path(model_sha256, protocol).read_text(encoding="utf-8"))["found"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

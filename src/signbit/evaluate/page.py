@@ -38,6 +38,16 @@ class Quote:
     prompt: str
     text: str
 
+    @property
+    def written(self) -> str:
+        """The text without blanks around it."""
+        return self.text.strip() or "(nothing)"
+
+    @property
+    def gap(self) -> str:
+        """The blank between prompt and text, if there is one."""
+        return "" if self.text.strip() and not self.text[0].isspace() else " "
+
 
 @dataclass(frozen=True)
 class Code:
@@ -94,8 +104,8 @@ def markdown(page: Page, level: int = 1, pictures: bool = True) -> str:
                 case Picture():
                     lines += [f"![{part.says}]({part.path.name})", ""] if pictures else []
                 case Quote():
-                    text = f"{part.prompt} **{part.text.strip() or '(nothing)'}**"
-                    lines += [f"* {part.name}: {' '.join(text.split()).translate(_MARKDOWN)}", ""]
+                    text = " ".join(f"{part.prompt}{part.gap}**{part.written}**".split())
+                    lines += [f"* {part.name}: {text.translate(_MARKDOWN)}", ""]
                 case Code():
                     lines += ["```", part.text, "```", ""]
                 case Fold():
@@ -165,7 +175,7 @@ summary { cursor: pointer; color: var(--mark); }
 {% elif kind(part) == "Table" %}{{ table(part) }}
 {% elif kind(part) == "Fold" %}<details><summary>{{ part.title }}</summary>{{ table(part.table) }}</details>
 {% elif kind(part) == "Picture" %}<p><img alt="{{ part.says }}" src="data:image/png;base64,{{ inline(part.path) }}"></p>
-{% elif kind(part) == "Quote" %}<blockquote><cite>{{ part.name }}</cite><p>{{ part.prompt }} <b>{{ part.text.strip() or "(nothing)" }}</b></p></blockquote>
+{% elif kind(part) == "Quote" %}<blockquote><cite>{{ part.name }}</cite><p>{{ part.prompt }}{{ part.gap }}<b>{{ part.written }}</b></p></blockquote>
 {% elif kind(part) == "Code" %}<pre>{{ part.text }}</pre>
 {% endif %}
 {% endfor %}

@@ -133,16 +133,17 @@ def _tasks(models: Sequence[Facts], teacher: Facts | None) -> Section:
     if not asked:
         return Section("Tasks", ["No task was asked (--tasks, --requests, or --results with them)."])
     by_task: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
-    how: list[str] = []
+    asked_so: dict[str, list[str]] = {}
     for facts in asked:
         for run, result in facts.results():
             by_task.setdefault((result["name"], result["few_shot"]), {})[facts.name] = result
             protocol = run["protocol"]
             line = (
-                f"{facts.name}: {run['harness']}; {protocol['bos']}; {protocol['dtype']}, {protocol['activations']} "
-                f"activations, {protocol['device']}."
+                f"{run['harness']}; {protocol['bos']}; {protocol['dtype']}, {protocol['activations']} activations, "
+                f"{protocol['device']}"
             )
-            how += [line] if line not in how else []
+            names = asked_so.setdefault(line, [])
+            names += [] if facts.name in names else [facts.name]
     rows = [
         (name, metric, percent(first["chance"]), "" if shots is None else str(shots), _documents(found), *scores)
         for (name, shots), found in by_task.items()
@@ -153,6 +154,7 @@ def _tasks(models: Sequence[Facts], teacher: Facts | None) -> Section:
     ]
     columns = ("task", "metric", "chance", "shots", "documents", *(facts.name for facts in asked))
     lacking = [facts.name for facts in models if not facts.tasks]
+    how = [f"{', '.join(names)}: {line}." for line, names in asked_so.items()]
     how += [f"Not asked: {', '.join(lacking)}."] if lacking else []
     parts: list[Part] = [Table(columns, rows, " ".join(how))]
     return Section("Tasks", [*_kept(models, teacher), *parts])

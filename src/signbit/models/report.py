@@ -48,7 +48,7 @@ def error_range(values: Iterable[float | None]) -> str:
     known = [100 * value for value in values if value is not None]
     if not known:
         return ""
-    low, high = f"{min(known):.2g}", f"{max(known):.2g}"
+    low, high = (f"{value:.0f}" if value >= 100 else f"{value:.2g}" for value in (min(known), max(known)))
     return f"{low} %" if low == high else f"{low}–{high} %"
 
 
