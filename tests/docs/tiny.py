@@ -73,6 +73,15 @@ class Smaller:
     given: dict[str, str] = field(default_factory=dict)
 
 
+#: What reports leave out and cut short: speed is measured in processes of their own.
+_REPORT = {
+    "--skip": "speed",
+    "--max-windows": "1",
+    "--held-out-tokens": "1024",
+    "--sample-tokens": "3",
+    "--data-dir": "DATA",
+}
+
 #: Verb → how its commands are made small.
 SMALLER = {
     "quantize": Smaller(given={"--calibration": "DATA/c4/c4-train.part.jsonl"}),
@@ -82,6 +91,9 @@ SMALLER = {
     "data self-generate": Smaller({"--sequences": "4", "--sequence-length": "16", "--batch": "4"}),
     "data teacher-logits": Smaller({"--sequence-length": "16", "--batch": "2"}, {"--top": "8"}),
     "eval": Smaller(given={"--max-windows": "1", "--limit": "1", "--data-dir": "DATA"}),
+    "report": Smaller(_REPORT),
+    "compare": Smaller(_REPORT),
+    "diff": Smaller({"--text-tokens": "1024"}),
     "generate": Smaller(given={"--max-new-tokens": "3"}),
     "memory": Smaller({"--measure": "never"}, {"--recipe": "tiny.toml"}),
 }
@@ -149,6 +161,8 @@ def made_small(words: list[str]) -> list[str]:
         flags |= {"--samples": "2", "--sequence-length": "16"}
     if verb == "eval" and ("--ppl" in kept or not {"--tasks", "--requests"} & set(kept)):
         flags |= {"--max-windows": "1"}
+    if verb == "report" and "--tasks" in kept:
+        flags |= {"--limit": "1"}
     if verb == "eval" and ("--tasks" in kept or ({"--table", "--model"} <= set(kept) and "--ppl" not in kept)):
         flags |= {"--limit": "1"}
     if verb in ("generate", "chat"):
