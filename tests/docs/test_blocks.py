@@ -58,6 +58,8 @@ def test_pages_that_other_tests_run():
 
 @pytest.mark.parametrize("block", of(SHELL))
 def test_commands_run(block, place, capsys):
+    if block.page in tiny.SETUP:
+        tiny.run(tiny.SETUP[block.page])
     for words in block.commands():
         if words[0] == "signbit":
             tiny.run(words)
