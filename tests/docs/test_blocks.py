@@ -14,8 +14,8 @@ RUN = [
     for block in BLOCKS
     if block.language not in QUOTED and block.marker is None and block.page not in tiny.PAGES_ELSEWHERE
 ]
-#: Pages of which the training and calibration of many commands takes longer.
-SLOW = {"docs/guides/coming-from.md", "docs/training.md", "docs/binarizers.md"}
+#: Pages whose commands take longer: many trainings, and steps of tensors without content.
+SLOW = {"docs/guides/coming-from.md", "docs/memory.md", "docs/training.md", "docs/binarizers.md"}
 
 
 def of(languages):
