@@ -23,7 +23,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 
 env: $(VENV)/.test $(VENV)/.demo
@@ -37,11 +37,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,lora,plot,serve,test,dev]'
-	touch $@
-
-$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt $(wildcard csrc/*)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval,gguf,lora,plot,serve,test,docs,dev]'
 	touch $@
 
 # DeepSpeed is built from its sources, which look at the torch that is there.

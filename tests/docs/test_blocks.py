@@ -14,8 +14,8 @@ RUN = [
     for block in BLOCKS
     if block.language not in QUOTED and block.marker is None and block.page not in tiny.PAGES_ELSEWHERE
 ]
-#: Pages of which the training and calibration of many commands takes longer.
-SLOW = {"docs/guides/coming-from.md", "docs/training.md", "docs/binarizers.md"}
+#: Pages whose commands take longer: many trainings, and steps of tensors without content.
+SLOW = {"docs/guides/coming-from.md", "docs/memory.md", "docs/training.md", "docs/binarizers.md"}
 
 
 def of(languages):
@@ -58,6 +58,8 @@ def test_pages_that_other_tests_run():
 
 @pytest.mark.parametrize("block", of(SHELL))
 def test_commands_run(block, place, capsys):
+    if block.page in tiny.SETUP:
+        tiny.run(tiny.SETUP[block.page])
     for words in block.commands():
         if words[0] == "signbit":
             tiny.run(words)

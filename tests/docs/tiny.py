@@ -120,6 +120,19 @@ PRELUDE = {
     "README.md": "from transformers import AutoTokenizer\ntokenizer = AutoTokenizer.from_pretrained('MODEL')\n",
 }
 
+#: What earlier commands of a page, or of another, leave.
+MADE = (
+    "signbit quantize MODEL -o OUT --method absmean --group 8",
+    "signbit quantize MODEL -o TERNARY --method bitnet --weights ternary --norm none",
+    "signbit quantize MODEL -o PTQ --method pbllm --salient 0.1 --calibration c4",
+    "signbit distill MODEL -o RUN --data corpus.txt",
+    "signbit data self-generate MODEL -o own.tokens",
+    "signbit finetune OUT -o LORA --lora --data chat.jsonl",
+)
+
+#: Page → what stands for OUT there, before each block.
+SETUP = {"docs/guides/llama-cpp.md": ["signbit", "import", "model.gguf", "-o", "OUT"]}
+
 #: Pages that another test runs as a whole → that test.
 PAGES_ELSEWHERE = {"docs/guides/server.md": "tests/serve/test_serving.py"}
 
@@ -127,6 +140,7 @@ PAGES_ELSEWHERE = {"docs/guides/server.md": "tests/serve/test_serving.py"}
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
     "pip install .": (".ci/run", "pip install"),
+    "pip install .[gguf]": ("Makefile", "gguf"),
     "pip install signbit[lora]": ("Makefile", "lora"),
     "python -m benchmarks.load MODEL": (".ci/run", "-m benchmarks.load"),
 }
@@ -167,7 +181,9 @@ def made_small(words: list[str]) -> list[str]:
         flags |= {"--limit": "1"}
     if verb in ("generate", "chat"):
         flags |= {"--max-new-tokens": "3"}
-    if verb in ("quantize", "eval", "distill", "finetune", "pretrain") and "--requests" not in kept:
+    if verb in ("quantize", "eval", "distill", "finetune", "pretrain") and (
+        "--ppl" in kept or "--requests" not in kept
+    ):
         flags |= {"--data-dir": "DATA"}
     return kept + [word for pair in flags.items() for word in pair]
 
@@ -250,31 +266,14 @@ def _checkpoints(folder: Path, tokenizer) -> None:
     _, dense, masks = pbllm_saved(folder / "pbllm-saved")
     tokenizer.save_pretrained(dense)
     shutil.move(str(masks), folder / "gptq_pb/outputs/mask")
-    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "ab"]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "ab", "<|endoftext|>"]
     ggml = CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
     test_gguf.write(folder / "model.gguf", ggml, test_gguf.Type.Q1_0, tokens=tokens, vocab_size=len(tokens))
 
 
 def _results(folder: Path) -> None:
-    """What earlier commands of a page leave: a packed directory, one that is calibrated, a run, own text."""
+    """Runs MADE."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run(["signbit", "quantize", "MODEL", "-o", "OUT", "--method", "absmean", "--group", "8"])
-        run(
-            [
-                "signbit",
-                "quantize",
-                "MODEL",
-                "-o",
-                "PTQ",
-                "--method",
-                "pbllm",
-                "--salient",
-                "0.1",
-                "--calibration",
-                "c4",
-            ]
-        )
-        run(["signbit", "distill", "MODEL", "-o", "RUN", "--data", "corpus.txt"])
-        run(["signbit", "data", "self-generate", "MODEL", "-o", "own.tokens"])
-        run(["signbit", "finetune", "OUT", "-o", "LORA", "--lora", "--data", "chat.jsonl"])
+        for command in MADE:
+            run(command.split())
