@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: docs/reports is what `signbit report` wrote, with the commands of that day.
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "reports" not in page.relative_to(ROOT).parts),
+]
 
 SHELL, PYTHON = {"", "sh", "bash", "console"}, {"python", "py"}
 #: Languages of blocks that are no commands: pictures, formulas, what a program said, a file's content.

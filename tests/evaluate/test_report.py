@@ -11,7 +11,7 @@ from signbit.errors import DataError
 from signbit.evaluate import kept
 from signbit.evaluate.facts import Facts, merged, read_results, share_kept
 from signbit.evaluate.page import Code, Fold, Page, Picture, Quote, Section, Table, html, markdown
-from signbit.evaluate.plot import pareto
+from signbit.evaluate.plot import Quality, pareto, plot_quality
 from signbit.evaluate.report import make_page, quality, summary
 from signbit.hub.card import with_report
 
@@ -74,6 +74,34 @@ def test_tasks_that_were_not_asked_alike_are_left_out(run):
     assert share_kept(Facts("m", tasks=(run,)), TEACHER) is None
     share = share_kept(Facts("m", tasks=(run, asked(result("b", 0.4)))), TEACHER)
     assert (share.tasks, share.left_out) == (("b",), ("a",))
+
+
+def test_means_over_other_tasks_are_not_set_beside_each_other():
+    some = Facts("some", size=size(30), perplexities=(ppl(20.0),), tasks=(asked(result("b", 0.4, 0.25)),))
+    other = Facts("others", size=size(40), tasks=(asked(result("a", 0.7, documents=50), result("b", 0.4, 0.25)),))
+    _, scores = quality([MODEL, some, other, TEACHER], TEACHER)
+    assert [name for name, _, _ in scores.points] == ["one bit", "teacher"]
+    assert [row[6] for row in summary([MODEL, some, other], TEACHER).rows] == ["52.5%", "–", "–"]
+
+
+def test_documents_are_told_apart_where_they_differ(tmp_path):
+    few = Facts("few", tasks=(asked(result("a", 0.7, documents=50)),))
+    text = markdown(make_page([MODEL, few, TEACHER], TEACHER, tmp_path, [], {}))
+    assert "| 100 of 100; few: 50 of 100 |" in text and "| 100 of 100 |" in text
+
+
+def test_many_points_are_numbered(tmp_path):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    points = tuple((f"model {i}", 10.0 * i, 50.0 - i) for i in range(1, 6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+        plot_quality([Quality("acc", points, 1), Quality("acc", points[:4], 1)], tmp_path / "q.png")
+    many, few = drawn[0].axes
+    assert [text.get_text() for text in many.texts] == ["1", "2", "3", "4", "5"]
+    assert [text.get_text() for text in many.get_legend().get_texts()][1:] == [f"{i}  model {i}" for i in range(1, 6)]
+    assert [text.get_text() for text in few.texts] == ["model 1", "model 2", "model 3", "model 4"]
 
 
 def test_of_two_runs_of_a_task_that_with_more_documents_counts():

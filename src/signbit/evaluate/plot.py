@@ -79,6 +79,10 @@ def plot_layers(report: Report, path: str | Path, title: str, of: str = "the out
         raise OptionError(f"--plot {path} cannot be written ({error.strerror})") from error
 
 
+#: More points than these are numbered in the picture and named below it: names would lie on each other.
+_NAMED = 4
+
+
 @dataclass(frozen=True)
 class Quality:
     """A measure of models beside their bytes: (name, bytes, value) each."""
@@ -116,15 +120,19 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
         front = pareto(panel.points, panel.better)
         line = sorted((panel.points[place][1] / 1e6, panel.points[place][2]) for place in front)
         axes.plot(*zip(*line, strict=True), color="C0", linewidth=1, linestyle="--", label="Pareto front", zorder=1)
+        named = len(panel.points) <= _NAMED
         for place, (name, size, value) in enumerate(panel.points):
             on = place in front
             axes.scatter(size / 1e6, value, s=55, color="C0" if on else "white", edgecolors="C0", zorder=2)
             largest = size == max(s for _, s, _ in panel.points)
             above = largest or panel.better < 0  # off the line
             axes.annotate(
-                name, (size / 1e6, value), xytext=(-7 if largest else 7, 8 if above else -13), textcoords="offset points",
-                fontsize=9, weight="bold" if on else "normal", horizontalalignment="right" if largest else "left",
+                name if named else str(place + 1), (size / 1e6, value), xytext=(-7 if largest else 7, 8 if above else -13),
+                textcoords="offset points", fontsize=9, weight="bold" if on else "normal",
+                horizontalalignment="right" if largest else "left",
             )  # fmt: skip
+            if not named:
+                axes.plot([], [], linestyle="", label=f"{place + 1}  {name}")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
@@ -134,7 +142,10 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
         axes.margins(x=0.15, y=0.18)
         axes.set_xlabel("weight files, MB")
         axes.set_ylabel(panel.axis)
-        axes.legend(fontsize=8)
+        if named:
+            axes.legend(fontsize=8)
+        else:
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.17), ncols=2, frameon=False, handlelength=1)
         axes.grid(alpha=0.3)
     try:
         figure.savefig(path, dpi=120)

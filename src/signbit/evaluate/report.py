@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from signbit.errors import OptionError
-from signbit.evaluate.facts import Facts, share_kept
+from signbit.evaluate.facts import Facts, Share, share_kept
 from signbit.evaluate.page import Code, Fold, Page, Part, Picture, Quote, Section, Table
 from signbit.evaluate.plot import Quality, plot_layers, plot_quality
 from signbit.models import Decision, Report
@@ -39,7 +39,7 @@ def summary(models: Sequence[Facts], teacher: Facts | None) -> Table:
     rows = []
     for facts in models:
         size, speed, near = facts.size or {}, facts.speed or {}, facts.agreement or {}
-        share = None if teacher is None else share_kept(facts, teacher)
+        share = None if teacher is None else _of_all_tasks(facts, teacher)
         found = next((p["perplexity"] for p in facts.perplexities if p["protocol"] == protocol), None)
         rows.append(
             (
@@ -55,6 +55,12 @@ def summary(models: Sequence[Facts], teacher: Facts | None) -> Table:
         "kept", "kept above chance", "KL", "top-1", "tokens/s",
     )  # fmt: skip
     return Table(columns, rows)
+
+
+def _of_all_tasks(facts: Facts, teacher: Facts) -> Share | None:
+    """What is kept over all tasks of `teacher`; None where some were not asked alike: such means do not compare."""
+    share, whole = share_kept(facts, teacher), share_kept(teacher, teacher)
+    return share if share is not None and whole is not None and share.tasks == whole.tasks else None
 
 
 def _common_protocol(models: Sequence[Facts]) -> str | None:
@@ -161,11 +167,12 @@ def _tasks(models: Sequence[Facts], teacher: Facts | None) -> Section:
 
 
 def _documents(found: dict[str, dict[str, Any]]) -> str:
-    """How many documents were asked, of how many; of each model where they differ."""
-    counts = {name: f"{result['documents']} of {result['of']}" for name, result in found.items()}
-    if len(set(counts.values())) == 1:
-        return next(iter(counts.values()))
-    return "; ".join(f"{name} {count}" for name, count in counts.items())
+    """How many documents were asked, of how many: of most models, then of those that were asked others."""
+    counts: dict[str, list[str]] = {}
+    for name, result in found.items():
+        counts.setdefault(f"{result['documents']} of {result['of']}", []).append(name)
+    most, *others = sorted(counts, key=lambda count: -len(counts[count]))
+    return "; ".join([most, *(f"{', '.join(counts[count])}: {count}" for count in others)])
 
 
 def _kept(models: Sequence[Facts], teacher: Facts | None) -> list[Part]:
@@ -261,7 +268,7 @@ def quality(models: Sequence[Facts], teacher: Facts | None) -> list[Quality]:
     panels = [Quality(f"perplexity, {protocol}", tuple(perplexities), -1, True)] if perplexities else []
     if teacher is not None:
         scores = [
-            (f.name, size, 100 * share.model) for f, size in sized if (share := share_kept(f, teacher)) is not None
+            (f.name, size, 100 * share.model) for f, size in sized if (share := _of_all_tasks(f, teacher)) is not None
         ]
         panels += [Quality("mean acc of the tasks, %", tuple(scores), 1)] if scores else []
     return panels
