@@ -118,25 +118,6 @@ def command_pages() -> str:
     return "\n".join(parts)
 
 
-def on_config(config: Any) -> Any:
-    """Takes awaited pages that are not there yet out of the navigation."""
-    docs = Path(config.docs_dir)
-    missing = {page for page in config.extra["awaited"] if not (docs / page).is_file()}
-
-    def kept(items: list[Any]) -> list[Any]:
-        found = []
-        for item in items:
-            ((title, target),) = item.items()
-            if isinstance(target, list):
-                found.append({title: kept(target)})
-            elif target not in missing:
-                found.append(item)
-        return found
-
-    config.nav = kept(config.nav)
-    return config
-
-
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages that lie beside docs/."""
     from mkdocs.structure.files import File

@@ -56,17 +56,3 @@ def test_a_help_in_which_no_option_is_found_is_an_error(hooks, monkeypatch):
 )
 def test_links_between_files_of_the_repository(hooks, here, written, leads_to):
     assert hooks.on_page_markdown(written, SimpleNamespace(file=SimpleNamespace(src_uri=here))) == leads_to
-
-
-def test_an_awaited_page_is_in_the_navigation_once_it_is_there(hooks, tmp_path):
-    def navigation():
-        config = SimpleNamespace(
-            docs_dir=str(tmp_path),
-            extra={"awaited": ["b.md"]},
-            nav=[{"A": "a.md"}, {"G": [{"B": "b.md"}, {"C": "c.md"}]}],
-        )
-        return hooks.on_config(config).nav
-
-    assert navigation() == [{"A": "a.md"}, {"G": [{"C": "c.md"}]}]
-    (tmp_path / "b.md").touch()
-    assert navigation() == [{"A": "a.md"}, {"G": [{"B": "b.md"}, {"C": "c.md"}]}]
