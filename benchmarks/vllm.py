@@ -23,7 +23,7 @@ from benchmarks.rows import Row, lower_is_better, show
 
 SETTINGS = {
     "absmean": ["--method", "absmean"],
-    "absmean, int8 head": ["--method", "absmean", "--head", "int8"],
+    "absmean, group 64, int8 head": ["--method", "absmean", "--head", "int8", "--group", "64"],
     "onebit": ["--method", "onebit"],
     "pbllm, 10 % salient": ["--method", "pbllm", "--salient", "0.1", "--no-gptq", "--saliency", "magnitude"],
 }

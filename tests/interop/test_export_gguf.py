@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo.smollm2 import NAME, cache
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import signbit
@@ -204,7 +205,7 @@ def test_k_of_576_is_refused_by_layer_and_k_and_approximated(tmp_path, capsys):
     refused_and_approximated(str(tmp_path / "m"), tmp_path, capsys)
 
 
-SMOLLM2 = Path(__file__).resolve().parents[2] / ".cache" / "smollm2-135m-instruct"
+SMOLLM2 = cache() / NAME
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def refused_and_approximated(source, folder, capsys):
     assert main(["export", packed, "--format", "gguf", "-o", out, "--overwrite", "--approximate",
                  "--approximate-type", "q8_0"]) == 0  # fmt: skip
     assert "Q8_0-8.500bpw" in gguf_in(Path(out))[0].name
-    compare(model, Path(out), tokens=1, close=3e-2, round_=False)
+    compare(model, Path(out), tokens=1, close=5e-2, round_=False)
 
 
 TRICKY = [
