@@ -79,7 +79,7 @@ def test_ablations_resume_and_print_one_table(measurable, tmp_path, monkeypatch,
     rows = tmp_path / "rows.jsonl"
     command = (
         f"ablations {tmp_path}/model --data-dir {tmp_path} --calibration {tmp_path}/wikitext2/wiki.test.raw --samples 2 "
-        f"--sequence-length 32 --max-windows 1 --group 8 --shares 0.5 --rows {rows}"
+        f"--sequence-length 32 --max-windows 1 --group 8 --shares 0.5 0.0 --rows {rows}"
     )
     monkeypatch.setattr(sys, "argv", command.split())
     ablations.main()
