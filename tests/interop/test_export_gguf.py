@@ -167,6 +167,10 @@ def test_q1_0_and_back_is_the_same_model(packed, tmp_path, capsys):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert theirs(text()[:2000])["input_ids"] == mine(text()[:2000])["input_ids"]
     assert theirs.chat_template == mine.chat_template
+    assert len(theirs) == len(mine) == one.config.vocab_size  # transformers' GGUF reader would add <|endoftext|>
+    export(tmp_path / "again", tmp_path / "second", ExportRequest("gguf"))
+    assert main(["import", str(tmp_path / "second"), "-o", str(tmp_path / "third")]) == 0
+    same_layers(packed, tmp_path / "third")
 
 
 def test_heads_that_were_not_8_bits_are_so_said_and_kept_on_request(llama_dir, tmp_path):
