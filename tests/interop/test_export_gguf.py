@@ -1,5 +1,6 @@
 """GGUF files as llama.cpp runs them: logits, text and tokens beside transformers'; and back by `signbit import`."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -291,15 +292,34 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(tokenizer, tmp_path):
         file_of(tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("rope", ["llama3", "linear"])
-def test_rotary_scaling(rope, tmp_path):
+def with_rope(folder, **scaling):
+    """A packed Llama with these rotary positions."""
     tokenizer = byte_level()
-    scaling = {"rope_type": rope, "factor": 4.0, "rope_theta": 10000.0}
-    if rope == "llama3":
-        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    values = config(len(tokenizer), rope_parameters=scaling, initializer_range=0.1)
-    with_norms(LlamaForCausalLM(values)).half().save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--method", "absmean", "--head", "int8"])
-    export(tmp_path / "p", tmp_path / "out", ExportRequest("gguf"))
-    compare(signbit.load(tmp_path / "p", dtype=torch.float32), tmp_path / "out", tokens=2)
+    parameters = {"factor": 4.0, "rope_theta": 10000.0, **scaling}
+    if scaling["rope_type"] != "linear":
+        parameters["original_max_position_embeddings"] = 32
+    values = config(len(tokenizer), rope_parameters=parameters, initializer_range=0.1)
+    with_norms(LlamaForCausalLM(values)).half().save_pretrained(folder / "m")
+    tokenizer.save_pretrained(folder / "m")
+    main(["quantize", str(folder / "m"), "-o", str(folder / "p"), "--method", "absmean", "--head", "int8"])
+    return folder / "p"
+
+
+@pytest.mark.parametrize("rope", ["llama3", "linear", "yarn"])
+def test_rotary_scaling(rope, tmp_path):
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope == "llama3" else {}
+    packed = with_rope(tmp_path, rope_type=rope, **more)
+    export(packed, tmp_path / "out", ExportRequest("gguf"))
+    compare(signbit.load(packed, dtype=torch.float32), tmp_path / "out", tokens=2)
+
+
+@pytest.mark.parametrize("key, value", [("attention_factor", 2.0), ("beta_slow", 4), ("truncate", False)])
+def test_settings_of_yarn_that_would_be_lost_are_refused(key, value, tmp_path):
+    packed = with_rope(tmp_path, rope_type="yarn", **{key: value})
+    with pytest.raises(ExportError, match=rf"yarn with {key} {value}, .*--format dense"):
+        export(packed, tmp_path / "out", ExportRequest("gguf"))
+
+
+def test_settings_of_yarn_that_change_nothing_are_written(tmp_path):
+    defaults = {"attention_factor": 1 + 0.1 * math.log(4), "beta_fast": 32, "mscale": 1.0, "truncate": True}
+    export(with_rope(tmp_path, rope_type="yarn", **defaults), tmp_path / "out", ExportRequest("gguf"))
