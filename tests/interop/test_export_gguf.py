@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import signbit
 from signbit.cli import main
@@ -199,6 +206,27 @@ def test_qwen3_of_random_weights(tmp_path):
     assert compare(signbit.load(tmp_path / "p", dtype=torch.float32), tmp_path / "out", tokens=6) >= 2
     main(["import", str(tmp_path / "out"), "-o", str(tmp_path / "again")])
     same_layers(tmp_path / "p", tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, MistralForCausalLM])
+def test_biases_and_mistral_and_back(kind, tmp_path):
+    tokenizer = byte_level()
+    values = config(len(tokenizer), initializer_range=0.1, mlp_bias=True, attention_bias=True).to_dict()
+    values |= {"sliding_window": None, "model_type": kind.config_class.model_type}
+    model = with_norms(kind(kind.config_class(**values)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)  # transformers starts them at 0, where losing one would not be seen
+    model.half().save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--method", "absmean", "--head", "int8"])
+    export(tmp_path / "p", tmp_path / "out", ExportRequest("gguf"))
+    compare(signbit.load(tmp_path / "p", dtype=torch.float32), tmp_path / "out", tokens=2)
+    assert main(["import", str(tmp_path / "out"), "-o", str(tmp_path / "again")]) == 0
+    one, other = same_layers(tmp_path / "p", tmp_path / "again")
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        assert relative(other(ids).logits, one(ids).logits) < 1e-3  # biases of float32 are rounded to float16
 
 
 def test_k_of_576_is_refused_by_layer_and_k_and_approximated(tmp_path, capsys):

@@ -153,6 +153,9 @@ class _File:
             for name, key in (("bos", _token("bos")), ("eos", _token("eos")), ("pad", _token("padding")))
             if key in self.metadata
         }
+        biases = {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors}
+        if self.kind == "llama":
+            biases["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self.tensors
         return _CONFIGS[str(self.kind)](
             hidden_size=hidden,
             intermediate_size=int(self.value("feed_forward_length")),
@@ -163,9 +166,9 @@ class _File:
             max_position_embeddings=int(self.value("context_length")),
             rms_norm_eps=float(self.value("attention.layer_norm_rms_epsilon")),
             vocab_size=int(embedding.shape[1]),
-            attention_bias="model.layers.0.self_attn.q_proj.bias" in self.tensors,
             tie_word_embeddings="lm_head.weight" not in self.tensors,
             rope_parameters=rope,
+            **biases,
             **tokens,
         )
 
