@@ -1,11 +1,19 @@
 """GGUF files as llama.cpp runs them: logits, text and tokens beside transformers'; and back by `signbit import`."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from demo.smollm2 import NAME, cache
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import signbit
 from signbit.cli import main
@@ -168,6 +176,10 @@ def test_q1_0_and_back_is_the_same_model(packed, tmp_path, capsys):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
     assert theirs(text()[:2000])["input_ids"] == mine(text()[:2000])["input_ids"]
     assert theirs.chat_template == mine.chat_template
+    assert len(theirs) == len(mine) == one.config.vocab_size  # transformers' GGUF reader would add <|endoftext|>
+    export(tmp_path / "again", tmp_path / "second", ExportRequest("gguf"))
+    assert main(["import", str(tmp_path / "second"), "-o", str(tmp_path / "third")]) == 0
+    same_layers(packed, tmp_path / "third")
 
 
 def test_heads_that_were_not_8_bits_are_so_said_and_kept_on_request(llama_dir, tmp_path):
@@ -195,6 +207,27 @@ def test_qwen3_of_random_weights(tmp_path):
     assert compare(signbit.load(tmp_path / "p", dtype=torch.float32), tmp_path / "out", tokens=6) >= 2
     main(["import", str(tmp_path / "out"), "-o", str(tmp_path / "again")])
     same_layers(tmp_path / "p", tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, MistralForCausalLM])
+def test_biases_and_mistral_and_back(kind, tmp_path):
+    tokenizer = byte_level()
+    values = config(len(tokenizer), initializer_range=0.1, mlp_bias=True, attention_bias=True).to_dict()
+    values |= {"sliding_window": None, "model_type": kind.config_class.model_type}
+    model = with_norms(kind(kind.config_class(**values)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)  # transformers starts them at 0, where losing one would not be seen
+    model.half().save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--method", "absmean", "--head", "int8"])
+    export(tmp_path / "p", tmp_path / "out", ExportRequest("gguf"))
+    compare(signbit.load(tmp_path / "p", dtype=torch.float32), tmp_path / "out", tokens=2)
+    assert main(["import", str(tmp_path / "out"), "-o", str(tmp_path / "again")]) == 0
+    one, other = same_layers(tmp_path / "p", tmp_path / "again")
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        assert relative(other(ids).logits, one(ids).logits) < 1e-3  # biases of float32 are rounded to float16
 
 
 def test_k_of_576_is_refused_by_layer_and_k_and_approximated(tmp_path, capsys):
@@ -288,15 +321,34 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(tokenizer, tmp_path):
         file_of(tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("rope", ["llama3", "linear"])
-def test_rotary_scaling(rope, tmp_path):
+def with_rope(folder, **scaling):
+    """A packed Llama with these rotary positions."""
     tokenizer = byte_level()
-    scaling = {"rope_type": rope, "factor": 4.0, "rope_theta": 10000.0}
-    if rope == "llama3":
-        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    values = config(len(tokenizer), rope_parameters=scaling, initializer_range=0.1)
-    with_norms(LlamaForCausalLM(values)).half().save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    main(["quantize", str(tmp_path / "m"), "-o", str(tmp_path / "p"), "--method", "absmean", "--head", "int8"])
-    export(tmp_path / "p", tmp_path / "out", ExportRequest("gguf"))
-    compare(signbit.load(tmp_path / "p", dtype=torch.float32), tmp_path / "out", tokens=2)
+    parameters = {"factor": 4.0, "rope_theta": 10000.0, **scaling}
+    if scaling["rope_type"] != "linear":
+        parameters["original_max_position_embeddings"] = 32
+    values = config(len(tokenizer), rope_parameters=parameters, initializer_range=0.1)
+    with_norms(LlamaForCausalLM(values)).half().save_pretrained(folder / "m")
+    tokenizer.save_pretrained(folder / "m")
+    main(["quantize", str(folder / "m"), "-o", str(folder / "p"), "--method", "absmean", "--head", "int8"])
+    return folder / "p"
+
+
+@pytest.mark.parametrize("rope", ["llama3", "linear", "yarn"])
+def test_rotary_scaling(rope, tmp_path):
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope == "llama3" else {}
+    packed = with_rope(tmp_path, rope_type=rope, **more)
+    export(packed, tmp_path / "out", ExportRequest("gguf"))
+    compare(signbit.load(packed, dtype=torch.float32), tmp_path / "out", tokens=2)
+
+
+@pytest.mark.parametrize("key, value", [("attention_factor", 2.0), ("beta_slow", 4), ("truncate", False)])
+def test_settings_of_yarn_that_would_be_lost_are_refused(key, value, tmp_path):
+    packed = with_rope(tmp_path, rope_type="yarn", **{key: value})
+    with pytest.raises(ExportError, match=rf"yarn with {key} {value}, .*--format dense"):
+        export(packed, tmp_path / "out", ExportRequest("gguf"))
+
+
+def test_settings_of_yarn_that_change_nothing_are_written(tmp_path):
+    defaults = {"attention_factor": 1 + 0.1 * math.log(4), "beta_fast": 32, "mscale": 1.0, "truncate": True}
+    export(with_rope(tmp_path, rope_type="yarn", **defaults), tmp_path / "out", ExportRequest("gguf"))

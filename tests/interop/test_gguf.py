@@ -305,3 +305,24 @@ def test_rotary_scaling_is_read(kind, ggml, tmp_path, ids, text):
     assert plain.config.head_dim == 64
     with pytest.raises(FormatError, match="turn 16 of 64 numbers"):
         convert(str(tmp_path / "plain"), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("add", "value", "default"),
+    [("yarn_beta_fast", 8.0, 32.0), ("yarn_attn_factor", 0.5, 1.0), ("yarn_ext_factor", 0.5, 1.0)],
+)
+def test_other_rotary_scaling_is_refused_unless_it_changes_nothing(add, value, default, ggml, tmp_path, text):
+    def more(number):
+        def write_scaling(writer):
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(4.0)
+            writer.add_rope_scaling_orig_ctx_len(32)
+            writer.add_float32(f"{writer.arch}.rope.scaling.{add}", number)
+
+        return write_scaling
+
+    write(tmp_path / "other", ggml, Type.Q1_0, more=more(value))
+    with pytest.raises(FormatError, match=rf"rope\.scaling\.{add} is {value}, which is not read"):
+        convert(str(tmp_path / "other"), tmp_path / "out", tokenizer=text)
+    write(tmp_path / "default", ggml, Type.Q1_0, more=more(default))
+    convert(str(tmp_path / "default"), tmp_path / "out", tokenizer=text)

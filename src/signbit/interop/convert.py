@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -193,8 +195,19 @@ def _tokenizer(checkpoint: Checkpoint, given: str | None, out: str | Path, note:
     if given is not None:
         return load_tokenizer(given)
     try:
-        return AutoTokenizer.from_pretrained(**checkpoint.tokenizer, config=checkpoint.config)
+        made = AutoTokenizer.from_pretrained(**checkpoint.tokenizer, config=checkpoint.config)
     except Exception as error:  # transformers, tokenizers and sentencepiece each raise their own
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         note(f"no tokenizer was found beside it ({first}); {out} has none: repeat with --tokenizer DIR to give it one")
         return None
+    if "gguf_file" in checkpoint.tokenizer:
+        _drop_beyond_(made, checkpoint.config.vocab_size)
+    return made
+
+
+def _drop_beyond_(tokenizer: Any, rows: int) -> None:
+    """Takes added tokens without a row of the embedding out: transformers' GGUF reader adds GPT-2's <|endoftext|>."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in described["added_tokens"] if token["id"] < rows]
+    if len(kept) < len(described["added_tokens"]):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**described, "added_tokens": kept}))

@@ -22,6 +22,12 @@ from signbit.weight import BinaryWeight
 MAGIC = b"GGUF"
 _Q1_BLOCK, _TQ2_BLOCK = 128, 256
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+#: Of rope.scaling: what is read or does nothing, and what llama.cpp takes where another key is missing.
+_SCALING_READ = ("type", "factor", "original_context_length", "finetuned")
+_SCALING = {
+    "attn_factor": (1.0,), "yarn_attn_factor": (1.0,), "yarn_log_multiplier": (0.0,), "yarn_beta_fast": (32.0,),
+    "yarn_beta_slow": (1.0,),
+}  # fmt: skip
 #: What stands outside of the blocks and in them: llama.cpp's names, and transformers'.
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INSIDE = {
@@ -137,6 +143,7 @@ class _File:
         require(
             scaling in ("none", "linear", "yarn"), f"{self.path}: rope.scaling.type is {scaling!r}; none, linear, yarn"
         )
+        self._check_scaling(str(scaling))
         if scaling != "none":
             rope |= {"rope_type": scaling, "factor": float(self.value("rope.scaling.factor"))}
         if scaling == "yarn":
@@ -146,6 +153,9 @@ class _File:
             for name, key in (("bos", _token("bos")), ("eos", _token("eos")), ("pad", _token("padding")))
             if key in self.metadata
         }
+        biases = {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors}
+        if self.kind == "llama":
+            biases["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self.tensors
         return _CONFIGS[str(self.kind)](
             hidden_size=hidden,
             intermediate_size=int(self.value("feed_forward_length")),
@@ -156,11 +166,22 @@ class _File:
             max_position_embeddings=int(self.value("context_length")),
             rms_norm_eps=float(self.value("attention.layer_norm_rms_epsilon")),
             vocab_size=int(embedding.shape[1]),
-            attention_bias="model.layers.0.self_attn.q_proj.bias" in self.tensors,
             tie_word_embeddings="lm_head.weight" not in self.tensors,
             rope_parameters=rope,
+            **biases,
             **tokens,
         )
+
+    def _check_scaling(self, kind: str) -> None:
+        """Raises FormatError for rotary scaling's other settings, unless they say what llama.cpp does without them."""
+        defaults = {**_SCALING, "yarn_ext_factor": (-1.0, float(kind == "yarn"))}
+        prefix = f"{self.kind}.rope.scaling."
+        for key in sorted(key for key in self.metadata if key.startswith(prefix)):
+            name, value = key.removeprefix(prefix), self.metadata[key]
+            require(
+                name in _SCALING_READ or value in defaults.get(name, ()),
+                f"{self.path}: {key} is {value}, which is not read; nothing was imported, because what it does would be lost",
+            )
 
     def stored(self, name: str) -> tuple[str, Tensor]:
         """The type of a tensor, and its rows in transformers' order: bytes of a quantized type, floats otherwise."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from signbit.errors import ExportError
 from signbit.interop.gguf import INSIDE, OUTSIDE
 
 #: transformers' model types and llama.cpp's architectures.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+#: YaRN's settings that are not written, and transformers' defaults, which are llama.cpp's.
+_YARN = {
+    "attention_factor": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
 _GGUF = {theirs: ours for ours, theirs in (OUTSIDE | INSIDE).items()}
 
 
@@ -31,10 +42,23 @@ def architecture(config: Any) -> str:
         (kind in ("default", "linear", "yarn", "llama3"), f"rotary positions of the type {kind}; default, linear, yarn, "
          "llama3 are written"),
         (part == 1.0, f"rotary positions that turn {part} of a head"),
+        (kind != "yarn" or _is_plain_yarn(config), f"rotary positions of the type yarn with {_of_its_own(rope)}"),
     ):  # fmt: skip
         if not holds:
             raise ExportError(f"the model has {what}, which llama.cpp's {name} has not; --format dense keeps it")
     return name
+
+
+def _is_plain_yarn(config: Any) -> bool:
+    """Whether YaRN's frequencies and attention factor are those without the settings that are not written."""
+    plain = copy.deepcopy(config)
+    plain.rope_parameters = {key: value for key, value in config.rope_parameters.items() if key not in _YARN}
+    (own, own_factor), (want, want_factor) = (ROPE_INIT_FUNCTIONS["yarn"](each) for each in (config, plain))
+    return torch.equal(own, want) and math.isclose(own_factor, want_factor, rel_tol=1e-6)
+
+
+def _of_its_own(rope: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {rope[key]}" for key, default in _YARN.items() if rope.get(key) not in (None, default))
 
 
 def tensor_name(name: str) -> str:
