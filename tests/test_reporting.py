@@ -120,6 +120,14 @@ def test_kl_and_top1_over_the_whole_vocabulary_are_what_their_definitions_say(pa
     assert 0 < fewer.kl < by_file.kl and fewer.mass < 0.9
     again = agreement(a, teacher, "t", "b", file, 64)
     assert again == by_file and len(calls) == 2, "the teacher answers once"
+    for where in (Where(), Where(dtype="float32"), Where(device="cuda"), Where(activations="int8")):
+        agreement(a, teacher, "t", "b", file, 64, where=where)
+    assert len(calls) == 5, "and once more where it runs otherwise"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("signbit.hub.agreement"), "VERSION", "another")
+        agreement(a, teacher, "t", "b", file, 64)
+    assert len(calls) == 6, "and for another version"
+    assert agreement(a, teacher, "t", "b", file, 64, again=True) == by_file and len(calls) == 7
     assert agreement(b, teacher, "t", "b", file, 64).kl == pytest.approx(0, abs=1e-4)
 
 
@@ -175,6 +183,17 @@ def test_eval_measures_a_kept_perplexity_again_only_where_it_is_asked(
     assert asked == [text, str(other)] and not any("kept" in r for r in anew) and "--again" not in out
     assert [r["nll"] for r in anew] == [r["nll"] for r in results]
     assert found(f"{text}", "--max-windows 1")[2] == [text], "fewer windows are another protocol"
+
+
+def test_a_report_made_again_asks_the_teacher_once_more(packed, llama_dir, text, monkeypatch, capsys):
+    module = import_module("signbit.hub.agreement")
+    write, calls = module.write, []
+    monkeypatch.setattr(module, "write", lambda *words, **more: calls.append(1) or write(*words, **more))
+    skip = "--skip speed --skip samples --skip layers --ppl none"
+    command = f"compare {packed} copy={packed} {llama_dir} --held-out {text} --block 64 {skip}"
+    for flags, asked in (("", 1), ("", 1), ("--again", 2)):
+        code, _, err = run(capsys, f"{command} {flags}")
+        assert code == 0 and len(calls) == asked, err
 
 
 def test_the_text_that_signbit_carries_is_at_hand(tokenizer):

@@ -56,6 +56,9 @@ class Subject:
 
     def __init__(self, name: str, place: str, where: Where, again: bool = False) -> None:
         self.name, self.place, self.where, self.again = name, place, where, again
+        self.answered: set[str] = (
+            set()
+        )  # the texts to which it was asked `again` already, as a teacher of several models
 
     @functools.cached_property
     def sha256(self) -> str:
