@@ -19,6 +19,11 @@ from signbit.ops import cpu, cuda, explain, native
 needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+
+
 def run(capsys, command):
     code = main(shlex.split(command))
     captured = capsys.readouterr()
@@ -630,7 +635,7 @@ def test_generate_and_eval_run_on_the_kernels_and_give_what_plain_torch_gives(
     file = next(path for path in sorted(text.iterdir()) if path.suffix in (".txt", ".jsonl"))
     commands = {
         "generate": f"generate {tmp_path}/packed 'Once upon a time' --max-new-tokens 8 --activations exact",
-        "eval": f"eval {tmp_path}/packed --ppl {file} --window 256 --max-windows 2 --json {tmp_path}/NAME.json",
+        "eval": f"eval {tmp_path}/packed --ppl {file} --window 256 --max-windows 2 --again --json {tmp_path}/NAME.json",
     }
     found = {}
     for name in ("kernels", "reference"):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from importlib import import_module
 
 import pytest
 import torch
@@ -119,7 +120,80 @@ def test_kl_and_top1_over_the_whole_vocabulary_are_what_their_definitions_say(pa
     assert 0 < fewer.kl < by_file.kl and fewer.mass < 0.9
     again = agreement(a, teacher, "t", "b", file, 64)
     assert again == by_file and len(calls) == 2, "the teacher answers once"
+    for where in (Where(), Where(dtype="float32"), Where(device="cuda"), Where(activations="int8")):
+        agreement(a, teacher, "t", "b", file, 64, where=where)
+    assert len(calls) == 5, "and once more where it runs otherwise"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("signbit.hub.agreement"), "VERSION", "another")
+        agreement(a, teacher, "t", "b", file, 64)
+    assert len(calls) == 6, "and for another version"
+    assert agreement(a, teacher, "t", "b", file, 64, again=True) == by_file and len(calls) == 7
     assert agreement(b, teacher, "t", "b", file, 64).kl == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("offload", ["", "--offload"])
+def test_eval_measures_a_kept_perplexity_again_only_where_it_is_asked(
+    offload, packed, text, tmp_path, monkeypatch, capsys
+):
+    names = ("evaluate.perplexity", "hub.offload", "hub.load")  # two of them are functions of their package too
+    perplexity, offloading, loading = (import_module(f"signbit.{name}") for name in names)
+    other, measure, by_blocks = tmp_path / "other.txt", perplexity.perplexity, offloading.offloaded_perplexities
+    other.write_text(" ".join(f"w{i * 7 % 61}" for i in range(200)))
+    calls, loads, stopped = [], [], [str(other)]
+
+    def counted(model, tokenizer, name, *rest):
+        calls.append(name)
+        if name in stopped:
+            raise KeyboardInterrupt
+        return measure(model, tokenizer, name, *rest)
+
+    def counted_by_blocks(model, names, *rest):
+        calls.extend(names)
+        if set(names) & set(stopped):
+            raise KeyboardInterrupt
+        return by_blocks(model, names, *rest)
+
+    def load(*arguments):
+        loads.append(arguments)
+        return load_any(*arguments)
+
+    monkeypatch.setattr(perplexity, "perplexity", counted)
+    monkeypatch.setattr(offloading, "offloaded_perplexities", counted_by_blocks)
+    monkeypatch.setattr(loading, "load_any", load)
+
+    def found(names, flags=""):
+        calls.clear(), loads.clear()
+        file = tmp_path / "found.json"
+        code, out, err = run(capsys, f"eval {packed} --ppl {names} --window 64 {offload} {flags} --json {file}")
+        return (json.loads(file.read_text())["results"], out, list(calls)) if code == 0 else (code, err, list(calls))
+
+    # By blocks all texts go together, so that what is kept is of a command before.
+    first = [] if not offload else found(text)[0]
+    code, _, asked = found(f"{text},{other}")
+    assert code == 130 and str(other) in asked
+    stopped.clear()
+    results, out, asked = found(f"{text},{other}")
+    assert asked == [str(other)], "the first text was kept when it was measured"
+    assert [r.get("kept", False) for r in results] == [True, False] and "--again measures anew" in out
+    assert not first or results[0]["nll"] == first[0]["nll"]
+    repeated, out, asked = found(f"{text},{other}")
+    assert (asked, loads) == ([], []), "a model of which all is known is not loaded"
+    assert [r["nll"] for r in repeated] == [r["nll"] for r in results] and out.count(" kept ") == 2
+    anew, out, asked = found(f"{text},{other}", "--again")
+    assert asked == [text, str(other)] and not any("kept" in r for r in anew) and "--again" not in out
+    assert [r["nll"] for r in anew] == [r["nll"] for r in results]
+    assert found(f"{text}", "--max-windows 1")[2] == [text], "fewer windows are another protocol"
+
+
+def test_a_report_made_again_asks_the_teacher_once_more(packed, llama_dir, text, monkeypatch, capsys):
+    module = import_module("signbit.hub.agreement")
+    write, calls = module.write, []
+    monkeypatch.setattr(module, "write", lambda *words, **more: calls.append(1) or write(*words, **more))
+    skip = "--skip speed --skip samples --skip layers --ppl none"
+    command = f"compare {packed} copy={packed} {llama_dir} --held-out {text} --block 64 {skip}"
+    for flags, asked in (("", 1), ("", 1), ("--again", 2)):
+        code, _, err = run(capsys, f"{command} {flags}")
+        assert code == 0 and len(calls) == asked, err
 
 
 def test_the_text_that_signbit_carries_is_at_hand(tokenizer):

@@ -82,6 +82,12 @@ def test_means_over_other_tasks_are_not_set_beside_each_other():
     _, scores = quality([MODEL, some, other, TEACHER], TEACHER)
     assert [name for name, _, _ in scores.points] == ["one bit", "teacher"]
     assert [row[6] for row in summary([MODEL, some, other], TEACHER).rows] == ["52.5%", "–", "–"]
+    text = markdown(make_page([MODEL, some, other, TEACHER], TEACHER, None, [], {}))
+    shares = re.findall(r"^\| (one bit|some|others) \| (acc|acc_norm) \|", text, re.MULTILINE)
+    assert shares == [("one bit", "acc"), ("one bit", "acc_norm")]
+    assert re.search(r"Without a share, for they were not asked all tasks of teacher alike.*: some, others\.", text)
+    text = markdown(make_page([some, TEACHER], TEACHER, None, [], {}))
+    assert "No other model was asked all tasks of teacher alike, so that no share is known. Without a share" in text
 
 
 def test_documents_are_told_apart_where_they_differ(tmp_path):

@@ -754,12 +754,19 @@ def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, c
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("of which") == 1
     assert len(list((tmp_path / "two" / "answers").glob("*.jsonl"))) == 2
+    again = subprocess.run(
+        [sys.executable, *launch, *command, "--json", str(tmp_path / "again.json")],
+        env=env, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr[-2000:]
+    kept = json.loads((tmp_path / "again.json").read_text())["results"][0]
     monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "one"))
     one, _ = evaluated(command, tmp_path / "one.json", capsys)
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["tasks"][0]["processes"] == 2
     assert two["tasks"][0]["results"] == one["tasks"][0]["results"]
     assert two["results"][0]["nll"] == one["results"][0]["nll"]
+    assert kept["kept"] and kept["nll"] == one["results"][0]["nll"], "both processes take what the first has"
     assert two["results"][0]["windows"] == one["results"][0]["windows"] > 4
 
 

@@ -139,14 +139,15 @@ def test_an_adapter_is_refused(tmp_path, text):
         offloaded_perplexities(str(tmp_path), [text])
 
 
-def test_the_command(deep_dir, text, tmp_path, capsys):
+def test_the_command(deep_dir, text, tmp_path, capsys, monkeypatch):
     import json
 
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
     command = ["eval", deep_dir, "--ppl", f"{text},{text}", "--window", "40", "--json", str(tmp_path / "found.json")]
     assert main(command) == 0
     whole = json.loads((tmp_path / "found.json").read_text())["results"]
     capsys.readouterr()
-    assert main([*command, "--offload", "--inputs-on", "disk"]) == 0
+    assert main([*command, "--offload", "--inputs-on", "disk", "--again"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert [r["nll"] for r in found] == [r["nll"] for r in whole]
     assert found[0]["offloaded"]

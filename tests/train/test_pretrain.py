@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 
 import pytest
@@ -11,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
+from signbit.cli.parsing import parse
+from signbit.cli.training import PackOptions
 from signbit.errors import OptionError
 from signbit.hub.load import load_any
+from signbit.hub.subject import Subject, Where
 from signbit.linear import PackedLinear
 from signbit.methods import METHODS
 from signbit.models import Shape
@@ -81,6 +85,17 @@ def test_a_run_resumes_exactly_and_packs_without_a_loss(kind, llama_dir, text, t
     if kind in ("none", "bitnet", "bitnet-paper", "fbi", "bnn", "xnor", "bireal", "irnet", "fda", "recu"):
         assert torch.equal(got, want)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_the_card_s_command_packs_the_run_again(llama_dir, text, tmp_path, capsys):
+    run, out = tmp_path / "my run", tmp_path / "my out"
+    words = shlex.split(f"{SHAPE} --data {text} --tokenizer {llama_dir} --max-steps 1 --sequence-length 16")
+    assert main(["pretrain", *words, "-o", str(run), "--validation-blocks", "2"]) == 0, capsys.readouterr().err
+    assert main(["pack", str(run), "-o", str(out), "--dtype", "float16"]) == 0, capsys.readouterr().err
+    program, verb, *flags = shlex.split(Subject("out", str(out), Where()).facts().command)
+    assert (program, verb) == ("signbit", "pack")
+    options = parse(verb, flags, PackOptions)
+    assert (options.run, options.out, options.dtype) == (str(run), str(out), "float16")
 
 
 def start_of(out):

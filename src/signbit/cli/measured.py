@@ -146,14 +146,18 @@ def _agreement(subject: Subject, teacher: Subject, args: Any) -> dict[str, Any]:
     from signbit.hub.agreement import agreement, text_tokens
 
     file = text_tokens(subject.tokenizer, args.held_out, args.data_dir, args.held_out_tokens)
-    protocol = {"teacher": teacher.sha256, "text": file_digest(file.path), "block": args.block}
+    text = file_digest(file.path)
+    protocol = {"teacher": teacher.sha256, "text": text, "block": args.block}
 
     def measure() -> dict[str, Any]:
         with Bars() as bars:
-            return agreement(
+            found = agreement(
                 subject.model, lambda: teacher.model, teacher.sha256, teacher.name, file, args.block,
                 progress=lambda done, total: bars(f"{subject.name}: agreement", done, total, ""),
-            ).to_dict()  # fmt: skip
+                where=teacher.where, again=teacher.again and text not in teacher.answered,
+            )  # fmt: skip
+        teacher.answered.add(text)
+        return found.to_dict()
 
     return {**subject.known("agreement", protocol, measure), "teacher": teacher.name}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from signbit.cli.tasks import Place
     from signbit.evaluate.doctor import Machine
     from signbit.evaluate.requests import Requests
+    from signbit.hub.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class EvalOptions:
     number, of a model that is larger than the memory."""
     inputs_on: Literal["device", "cpu", "disk"] = "cpu"
     """Where what a block has made of the text waits for the next one, with --offload."""
+    again: bool = False
+    """Measure anew the perplexities that are kept from before."""
     list: bool = False
     """List the protocols, the suites of tasks and the papers' tables, and exit."""
 
@@ -243,15 +247,15 @@ def evaluate(argv: Sequence[str]) -> None:
     facts: list[dict[str, Any]] = []
     saved: perplexities.Saved = {}
     for model_name in (args.model, *args.against) if args.model is not None else ():
-        before = len(results)
+        of = perplexities.subject(model_name, args)
         if args.offload:
-            results += perplexities.offloaded(model_name, names, args)
+            results += perplexities.offloaded(of, names, args)
         else:
-            _whole(model_name, names, requests, args, place, results, asked)
+            _whole(of, names, requests, args, place, results, asked)
         if (shares := _saved(model_name)) is not None:
             saved[model_name] = shares
         if place.main:
-            facts.append(perplexities.kept(model_name, results[before:], args))
+            facts.append(of.facts().to_dict())
     if not place.main:
         return
     found: dict[str, Any] = {"models": facts, "results": [{**r, "saved": saved.get(r["model"])} for r in results]}
@@ -278,21 +282,24 @@ def _saved(model_name: str) -> tuple[float, float] | None:
 
 
 def _whole(
-    model_name: str, names: Sequence[str], requests: Requests | None, args: Any, place: Place,
+    of: Subject, names: Sequence[str], requests: Requests | None, args: Any, place: Place,
     results: list[dict[str, Any]], asked: list[dict[str, Any]],
 ) -> None:  # fmt: skip
-    """Measures one model that is loaded whole; what is found is added to `results` and `asked`."""
+    """Measures one model, loaded whole if something of it is not kept; what is found is added to `results` and `asked`."""
     from signbit.cli import perplexities, tasks
-    from signbit.hub.load import load_any, load_tokenizer
+    from signbit.hub.load import load_any
     from signbit.linear import set_activations
 
-    model = load_any(model_name, args.run.dtype, place.device(args.run.device))
-    tokenizer = load_tokenizer(model_name)
-    if not set_activations(model, args.run.activations) and place.main:
-        note(f"{model_name} has no packed layer; its activations stay exact")
-    results += [perplexities.measured(model, tokenizer, model_name, name, args, place) for name in names]
+    @functools.cache
+    def loaded() -> tuple[Any, Any]:
+        model = load_any(of.place, args.run.dtype, place.device(args.run.device))
+        if not set_activations(model, args.run.activations) and place.main:
+            note(f"{of.place} has no packed layer; its activations stay exact")
+        return model, of.tokenizer
+
+    results += [perplexities.measured(of, loaded, name, args, place) for name in names]
     if requests is not None:
-        asked.append(tasks.answered(model, tokenizer, model_name, requests, args, place))
+        asked.append(tasks.answered(*loaded(), of.place, requests, args, place))
 
 
 def doctor(argv: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from signbit.errors import OptionError
 
 if TYPE_CHECKING:
     from signbit.cli.tasks import Place
+    from signbit.hub.subject import Subject
 
 #: Model → share of 16 bits that its packed linears, and its whole files, save.
 Saved = dict[str, tuple[float, float]]
@@ -33,14 +34,45 @@ def named(args: Any, tasks: bool, place: Place) -> list[str]:
     return names
 
 
-def measured(model: Any, tokenizer: Any, model_name: str, name: str, args: Any, place: Place) -> dict[str, Any]:
-    """The perplexity `name` of a loaded model, as JSON values; each process measures its share of the windows."""
+def subject(model_name: str, args: Any) -> Subject:
+    """A model whose perplexities are kept where `signbit report` finds them."""
+    from signbit.hub.subject import Subject, Where
+
+    run = args.run
+    return Subject(Path(model_name).name, model_name, Where(run.device, run.dtype, run.activations), args.again)
+
+
+def _protocol(name: str, args: Any) -> dict[str, Any]:
+    from signbit.hub.subject import perplexity_protocol
+
+    return perplexity_protocol(name, args.data_dir, args.max_windows, args.text)
+
+
+def _recalled(of: Subject, name: str, args: Any) -> dict[str, Any] | None:
+    """The perplexity `name` as it was kept, as JSON values; None where it is to be measured."""
+    known = of.recall("perplexity", _protocol(name, args))
+    return None if known is None else {"model": of.place, "name": name, **known, "kept": True}
+
+
+def _keep(of: Subject, result: dict[str, Any], args: Any) -> None:
+    found = {key: value for key, value in result.items() if key not in ("model", "offloaded")}
+    of.keep("perplexity", _protocol(result["name"], args), found)
+
+
+def measured(of: Subject, loaded: Callable[[], tuple[Any, Any]], name: str, args: Any, place: Place) -> dict[str, Any]:
+    """The perplexity `name` of a model, as JSON values: what is kept, else what is measured, which is kept at once.
+
+    `loaded` gives model and tokenizer. Each process measures its share of the windows, and all do what the first decides.
+    """
     from tqdm import tqdm
 
     from signbit.evaluate.perplexity import perplexity
 
+    if (known := place.of_main(_recalled(of, name, args) if place.main else None)) is not None:
+        return known
+    model, tokenizer = loaded()
     silent = None if place.main else True  # None: silent unless on a terminal
-    with tqdm(desc=f"{Path(model_name).name} {name}", unit="window", disable=silent, leave=False) as bar:
+    with tqdm(desc=f"{of.name} {name}", unit="window", disable=silent, leave=False) as bar:
 
         def step(done: int, total: int, value: float) -> None:
             bar.total = total
@@ -48,45 +80,47 @@ def measured(model: Any, tokenizer: Any, model_name: str, name: str, args: Any, 
             bar.update(done - bar.n)
 
         processes = place.index, place.number
-        result = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step, processes)
-    return {"model": model_name, "name": name, **result.to_dict()}
+        found = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step, processes)
+    result = {"model": of.place, "name": name, **found.to_dict()}
+    if place.main:
+        _keep(of, result, args)
+    return result
 
 
-def offloaded(model_name: str, names: Sequence[str], args: Any) -> list[dict[str, Any]]:
-    """The perplexities `names` with one block in memory at a time, as JSON values."""
+def offloaded(of: Subject, names: Sequence[str], args: Any) -> list[dict[str, Any]]:
+    """The perplexities `names` as `measured` gives them; those that are not kept go together, a block in memory at a time."""
+    known = [_recalled(of, name, args) for name in names]
+    lacking = [name for name, result in zip(names, known, strict=True) if result is None]
+    fresh = iter(_by_blocks(of, lacking, args) if lacking else ())
+    return [next(fresh) if result is None else result for result in known]
+
+
+def _by_blocks(of: Subject, names: Sequence[str], args: Any) -> list[dict[str, Any]]:
     from signbit.hub.load import is_packed
     from signbit.hub.offload import offloaded_perplexities
 
-    if args.run.activations != "exact" and not is_packed(model_name):
-        note(f"{model_name} has no packed layer; its activations stay exact")
+    if args.run.activations != "exact" and not is_packed(of.place):
+        note(f"{of.place} has no packed layer; its activations stay exact")
     bars = Bars()
 
     def step(done: int, total: int, block: int) -> None:
-        bars(f"{Path(model_name).name} by blocks", done, total, f"block {block}")
+        bars(f"{of.name} by blocks", done, total, f"block {block}")
 
     run = args.run
     try:
         found = offloaded_perplexities(
-            model_name, names, args.data_dir, args.text, args.max_windows, run.device, run.dtype, run.activations,
+            of.place, names, args.data_dir, args.text, args.max_windows, run.device, run.dtype, run.activations,
             args.inputs_on, step,
         )  # fmt: skip
     finally:
         bars.close()
-    return [
-        {"model": model_name, "name": name, **result.to_dict(), "offloaded": True}
+    results = [
+        {"model": of.place, "name": name, **result.to_dict(), "offloaded": True}
         for name, result in zip(names, found, strict=True)
     ]
-
-
-def kept(model_name: str, results: Sequence[dict[str, Any]], args: Any) -> dict[str, Any]:
-    """Keeps a model's perplexities where `signbit report` finds them; returns what is known of the model, as JSON values."""
-    from signbit.hub.subject import Subject, Where, perplexity_protocol
-
-    subject = Subject(Path(model_name).name, model_name, Where(args.run.device, args.run.dtype, args.run.activations))
     for result in results:
-        of = perplexity_protocol(result["name"], args.data_dir, args.max_windows, args.text)
-        subject.keep("perplexity", of, {k: v for k, v in result.items() if k not in ("model", "offloaded")})
-    return subject.facts().to_dict()
+        _keep(of, result, args)
+    return results
 
 
 def print_perplexities(results: Sequence[dict[str, Any]], against: Sequence[str], saved: Saved) -> None:
@@ -101,7 +135,7 @@ def print_perplexities(results: Sequence[dict[str, Any]], against: Sequence[str]
             " / ".join(f"{share:.1%}" for share in saved.get(r["model"], ())),
             f"{r['windows']} × {r['window']}",
             f"{r['dtype']}, {r['activations']}" + (", by blocks" if r.get("offloaded") else ""),
-            f"{r['seconds_s']:.0f} s",
+            "kept" if r.get("kept") else f"{r['seconds_s']:.0f} s",
         )
         for r in results
     ]  # fmt: skip
@@ -109,3 +143,5 @@ def print_perplexities(results: Sequence[dict[str, Any]], against: Sequence[str]
     table(None, ("model", "protocol", "perplexity", last, "saved", "windows", "run", "time"), rows)
     if saved:
         print("saved: of 16 bits, in the packed linears / in the whole weight files")
+    if any(r.get("kept") for r in results):
+        print("kept: measured before (--again measures anew)")

@@ -32,6 +32,14 @@ class Place:
         """Whether this process says and writes what all have found."""
         return self.index == 0
 
+    def of_main(self, value: Any) -> Any:
+        """What the first process has as `value`, in every process."""
+        if self.number == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
     def device(self, asked: str) -> str:
         """The device of this process: its own GPU where --device cuda is asked of several."""
         return f"cuda:{self.local}" if asked == "cuda" and self.number > 1 else asked

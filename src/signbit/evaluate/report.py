@@ -57,9 +57,9 @@ def summary(models: Sequence[Facts], teacher: Facts | None) -> Table:
     return Table(columns, rows)
 
 
-def _of_all_tasks(facts: Facts, teacher: Facts) -> Share | None:
+def _of_all_tasks(facts: Facts, teacher: Facts, metric: str = "acc") -> Share | None:
     """What is kept over all tasks of `teacher`; None where some were not asked alike: such means do not compare."""
-    share, whole = share_kept(facts, teacher), share_kept(teacher, teacher)
+    share, whole = share_kept(facts, teacher, metric), share_kept(teacher, teacher, metric)
     return share if share is not None and whole is not None and share.tasks == whole.tasks else None
 
 
@@ -179,27 +179,36 @@ def _kept(models: Sequence[Facts], teacher: Facts | None) -> list[Part]:
     """The share of the teacher's mean score that each model keeps, and how it is computed."""
     if teacher is None:
         return ["There is no teacher, of whose score a share could be kept (--against MODEL)."]
-    rows, left_out = [], set()
+    rows, partly = [], []
     for facts in models:
+        if facts is teacher:
+            continue
+        if _of_all_tasks(facts, teacher) is None and facts.tasks:
+            partly.append(facts.name)
         for metric in ("acc", "acc_norm"):
-            share = None if facts is teacher else share_kept(facts, teacher, metric)
+            share = _of_all_tasks(facts, teacher, metric)
             if share is not None:
-                left_out |= set(share.left_out)
                 rows.append(
                     (
                         facts.name, metric, percent(share.model), percent(share.teacher), percent(share.chance),
                         percent(share.kept), percent(share.kept_above_chance), str(len(share.tasks)),
                     )
                 )  # fmt: skip
+    lacking = ""
+    if partly:
+        lacking = (
+            f" Without a share, for they were not asked all tasks of {teacher.name} alike (documents, examples, harness, "
+            f"beginning of the prompt): {', '.join(partly)}."
+        )
     if not rows:
-        return [f"No task was asked alike of {teacher.name} and another model, so that no share is known."]
+        return [f"No other model was asked all tasks of {teacher.name} alike, so that no share is known.{lacking}"]
     note = (
-        f"Mean over the tasks with choices that {teacher.name} and the model were asked alike, each counting once (in the mean "
+        f"Mean over all tasks with choices that {teacher.name} was asked, and the model alike, each counting once (in the mean "
         "of acc_norm a task without it stands with its acc). Kept: mean / teacher's mean. Above chance: (mean − chance) / "
         "(teacher's mean − chance), which guessing leaves at 0. OneBit (arXiv 2402.11295) aims at over 90 % of the space "
         "saved and at least 80 % of the score kept."
     )
-    note += f" Not asked alike, and left out: {', '.join(sorted(left_out))}." if left_out else ""
+    note += lacking
     columns = ("model", "metric", "mean", "teacher", "chance", "kept", "kept above chance", "tasks")
     return [Table(columns, rows, note)]
 

@@ -25,7 +25,9 @@ from signbit.data import write_teacher_logits as write
 from signbit.data.corpus import file_digest
 from signbit.errors import DataError, OptionError, WeightError
 from signbit.evaluate.kept import cache_folder, digest
+from signbit.hub.subject import Where
 from signbit.train.objectives import Top, kl_divergence, top_kl_divergence
+from signbit.version import VERSION
 
 #: Called with (blocks done, blocks in all).
 Progress = Callable[[int, int], None]
@@ -101,17 +103,20 @@ def agreement(
     length: int = 512,
     outcomes: int = 1024,
     progress: Progress = lambda done, total: None,
+    where: Where | None = None,
+    again: bool = False,
 ) -> Agreement:
     """`model` beside the answers of a teacher to whole blocks of `length` tokens, which are asked for once and kept.
 
     KL over the teacher's `outcomes` likeliest tokens and "any other" (`top_kl_divergence`, of float16 log-probabilities:
-    of a model and itself it is some 1e-5). `teacher` loads the model whose hash is `teacher_sha256`; it is not called if its
-    answers are there. Raises DataError if the text is shorter than a block, OptionError for another vocabulary.
+    of a model and itself it is some 1e-5). `teacher` loads the model whose hash is `teacher_sha256`, which runs as `where`
+    says; it is not called if answers that it gave so, to this version of signbit, are there, unless `again`.
+    Raises DataError if the text is shorter than a block, OptionError for another vocabulary.
     """
     blocks = _blocks(model, file, length)
     vocabulary = _logits(model, blocks[0]["input_ids"][:1]).shape[-1]
     top = min(outcomes, vocabulary)
-    path = _answers(teacher, teacher_sha256, file, length, top, progress)
+    path = _answers(teacher, teacher_sha256, file, length, top, progress, where or Where(), again)
     taught = TaughtBlocks(blocks, read_teacher_logits(path))
     if taught.logits.vocabulary != vocabulary:
         raise OptionError(
@@ -136,11 +141,14 @@ def agreement(
 
 
 def _answers(
-    teacher: Callable[[], Any], sha256: str, file: TokenFile, length: int, top: int, progress: Progress
-) -> Path:
-    """The file of the teacher's answers, made unless it is there."""
-    key = digest([sha256, file.tokenizer, file_digest(file.path), length, top])
+    teacher: Callable[[], Any], sha256: str, file: TokenFile, length: int, top: int, progress: Progress, where: Where,
+    again: bool,
+) -> Path:  # fmt: skip
+    """The file of the teacher's answers, made unless it is there, or `again`."""
+    key = digest([sha256, asdict(where), VERSION, file.tokenizer, file_digest(file.path), length, top])
     path = cache_folder() / "teachers" / f"{key[:32]}.logits"
+    if again:
+        path.unlink(missing_ok=True)
     if not path.exists():
         write(teacher(), sha256, [file], path, length, top, batch=1, progress=progress)
     return path

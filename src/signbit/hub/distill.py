@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -744,5 +745,6 @@ def pack(run: str | Path, out: str | Path, overwrite: bool = False, dtype: str =
     packed = pack_training_(model, report, dtype)
     model.to(getattr(torch, dtype))
     finish_(model, config, packed.report)
-    start, command = settings["start"], f"signbit pack {run}"
+    stored = [] if dtype == "float32" else ["--dtype", dtype]
+    start, command = settings["start"], shlex.join(["signbit", "pack", str(run), "-o", str(out), *stored])
     return save(model.eval(), out, tokenizer, packed.report, _base(start), command, overwrite), packed.zeros

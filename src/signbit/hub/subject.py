@@ -56,6 +56,9 @@ class Subject:
 
     def __init__(self, name: str, place: str, where: Where, again: bool = False) -> None:
         self.name, self.place, self.where, self.again = name, place, where, again
+        self.answered: set[str] = (
+            set()
+        )  # the texts to which it was asked `again` already, as a teacher of several models
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -86,10 +89,15 @@ class Subject:
         """Keeps what was found under a protocol (JSON values)."""
         keep(self.sha256, self._key(what, protocol), found)
 
+    def recall(self, what: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
+        """What is kept of this model under a protocol (JSON values); None where there is nothing, or with `again`."""
+        kept = None if self.again else recall(self.sha256, self._key(what, protocol))
+        return None if kept is None else dict(kept)
+
     def known(self, what: str, protocol: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is kept of this model under a protocol (JSON values), else what `measure` finds, which is then kept."""
-        if not self.again and (kept := recall(self.sha256, self._key(what, protocol))) is not None:
-            return dict(kept)
+        if (kept := self.recall(what, protocol)) is not None:
+            return kept
         found = measure()
         self.keep(what, protocol, found)
         return found
