@@ -20,6 +20,14 @@ def _old_objects_are_not_searched_again():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_kept_from_before(tmp_path_factory):
+    """What earlier runs measured, on this machine's kernels of then, is no result of these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIGNBIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -183,6 +183,8 @@ def test_eval_measures_a_kept_perplexity_again_only_where_it_is_asked(
     assert asked == [text, str(other)] and not any("kept" in r for r in anew) and "--again" not in out
     assert [r["nll"] for r in anew] == [r["nll"] for r in results]
     assert found(f"{text}", "--max-windows 1")[2] == [text], "fewer windows are another protocol"
+    monkeypatch.setenv("SIGNBIT_CPU", "reference")
+    assert found(f"{text}")[2] == [text], "what other kernels found is no answer"
 
 
 def test_a_report_made_again_asks_the_teacher_once_more(packed, llama_dir, text, monkeypatch, capsys):

@@ -342,7 +342,7 @@ def test_rotary_scaling(rope, tmp_path):
     compare(signbit.load(packed, dtype=torch.float32), tmp_path / "out", tokens=2)
 
 
-@pytest.mark.parametrize("key, value", [("attention_factor", 2.0), ("beta_slow", 4), ("truncate", False)])
+@pytest.mark.parametrize(("key", "value"), [("attention_factor", 2.0), ("beta_slow", 4), ("truncate", False)])
 def test_settings_of_yarn_that_would_be_lost_are_refused(key, value, tmp_path):
     packed = with_rope(tmp_path, rope_type="yarn", **{key: value})
     with pytest.raises(ExportError, match=rf"yarn with {key} {value}, .*--format dense"):

@@ -68,7 +68,8 @@ def measured(of: Subject, loaded: Callable[[], tuple[Any, Any]], name: str, args
 
     from signbit.evaluate.perplexity import perplexity
 
-    if (known := place.of_main(_recalled(of, name, args) if place.main else None)) is not None:
+    known: dict[str, Any] | None = place.of_main(_recalled(of, name, args) if place.main else None)
+    if known is not None:
         return known
     model, tokenizer = loaded()
     silent = None if place.main else True  # None: silent unless on a terminal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -83,7 +84,8 @@ class Subject:
         self.__dict__.pop("model", None)
 
     def _key(self, what: str, protocol: dict[str, Any]) -> dict[str, Any]:
-        return {"what": what, "signbit": VERSION, **asdict(self.where), **protocol}
+        forced = {name: os.environ[name] for name in ("SIGNBIT_CPU", "SIGNBIT_CUDA") if os.environ.get(name)}
+        return {"what": what, "signbit": VERSION, **asdict(self.where), **forced, **protocol}
 
     def keep(self, what: str, protocol: dict[str, Any], found: dict[str, Any]) -> None:
         """Keeps what was found under a protocol (JSON values)."""
