@@ -328,12 +328,29 @@ def test_sources_that_are_none(tmp_path, llama_dir, text):
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(FormatError, match="quantized by awq"):
         open_checkpoint(folder)
+    _, folder = fbi(tmp_path / "other")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
+    with pytest.raises(
+        FormatError, match="model_type 'nonsense', which transformers does not know; one that it knows is"
+    ):
+        open_checkpoint(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FormatError, match="other has no config.json: it is no Hugging Face directory"):
+        open_checkpoint(folder)
+
+
+def test_a_training_checkpoint_is_no_state_dict(tmp_path):
+    model, folder = fbi(tmp_path / "source", kind="bin")
+    torch.save({"state_dict": model.state_dict(), "step": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(FormatError, match=r"save state\['state_dict'\] alone"):
+        open_checkpoint(folder)
 
 
 def test_tokenizer_beside_it_and_none(tmp_path, tokenizer, capsys):
     _, folder = onebit(tmp_path / "source")
     assert main(["import", str(folder), "-o", str(tmp_path / "none")]) == 0
-    assert "--tokenizer DIR" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--tokenizer DIR" in said and "one of:" not in said
     tokenizer.save_pretrained(folder)
     assert main(["import", str(folder), "-o", str(tmp_path / "out")]) == 0
     assert main(["generate", str(tmp_path / "out"), "w3", "--max-new-tokens", "2"]) == 0

@@ -198,7 +198,10 @@ def _tokenizer(checkpoint: Checkpoint, given: str | None, out: str | Path, note:
         made = AutoTokenizer.from_pretrained(**checkpoint.tokenizer, config=checkpoint.config)
     except Exception as error:  # transformers, tokenizers and sentencepiece each raise their own
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        note(f"no tokenizer was found beside it ({first}); {out} has none: repeat with --tokenizer DIR to give it one")
+        why = (
+            "" if first.rstrip().endswith(":") else f" ({first})"
+        )  # transformers' list of reasons begins on the next line
+        note(f"no tokenizer was found beside it{why}; {out} has none: repeat with --tokenizer DIR to give it one")
         return None
     if "gguf_file" in checkpoint.tokenizer:
         _drop_beyond_(made, checkpoint.config.vocab_size)

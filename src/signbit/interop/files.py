@@ -24,6 +24,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises FormatError if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"{path.parent} has no {path.name}: it is no Hugging Face directory; give one, or a GGUF file"
+        ) from error
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read ({error}); copy or download it again") from error
     if not isinstance(values, dict):
@@ -87,5 +91,8 @@ def _merged(files: list[Path]) -> Mapping[str, Tensor]:
 def _state(file: Path) -> dict[str, Tensor]:
     state = load_pickle(file)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FormatError(f"{file} is no state dict: names and their tensors, and nothing else, are expected")
+        raise FormatError(
+            f"{file} is no state dict: names and their tensors, and nothing else, are expected. Of a training checkpoint, "
+            "save state['state_dict'] alone"
+        )
     return state

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from signbit.errors import FormatError, ShapeError
 from signbit.interop.checkpoint import Checkpoint, Layer
@@ -100,12 +100,16 @@ def transformers_config(values: Mapping[str, Any], folder: Path) -> Any:
     """transformers' configuration of `values`; raises FormatError for a model type that it does not know."""
     kept = {key: value for key, value in values.items() if key not in _OF_THE_DIRECTORY}
     kind = kept.pop("model_type", None)
+    require(
+        isinstance(kind, str) and kind in CONFIG_MAPPING,
+        f"{folder}: config.json has the model_type {kind!r}, which transformers does not know; one that it knows is needed",
+    )
     try:
         return type(AutoConfig.for_model(kind)).from_dict(kept)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FormatError(
             f"{folder}: transformers makes no model of config.json (model_type {kind!r}: "
-            f"{str(error).strip().splitlines()[0][:200]}); a model type that it knows is needed"
+            f"{str(error).strip().splitlines()[0][:200]}); copy or download it again"
         ) from error
 
 
