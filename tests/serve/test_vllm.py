@@ -51,7 +51,6 @@ def configs():
         "gemma3": lambda: t.Gemma3TextConfig(**SIZES, **gqa, head_dim=32, query_pre_attn_scalar=32),
         "phi3": lambda: t.Phi3Config(**SIZES, **gqa),
         "opt": lambda: t.OPTConfig(**opt, ffn_dim=192, init_std=0.3),
-        "gpt-neox": lambda: t.GPTNeoXConfig(**SIZES),
         "gpt2": lambda: t.GPT2Config(n_embd=128, n_layer=1, n_head=4, vocab_size=64, n_positions=128),
     }
 
