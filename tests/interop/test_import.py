@@ -335,7 +335,7 @@ def test_sources_that_are_none(tmp_path, llama_dir, text):
     ):
         open_checkpoint(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(FormatError, match="other has no config.json: it is no Hugging Face directory"):
+    with pytest.raises(FormatError, match=r"other has no config\.json: it is no Hugging Face directory"):
         open_checkpoint(folder)
 
 
