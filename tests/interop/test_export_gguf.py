@@ -51,11 +51,11 @@ def text():
     return next(TEXT.glob("*.txt")).read_text(encoding="utf-8")[:40_000]
 
 
-def trained(model, tokenizer, steps=120):
+def trained(model, tokenizer, steps=300):
     ids = torch.tensor(tokenizer(text(), add_special_tokens=False)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
-        starts = torch.randint(0, len(ids) - 33, (8,)).tolist()
+        starts = torch.randint(0, len(ids) - 33, (4,)).tolist()
         batch = torch.stack([ids[i : i + 32] for i in starts])
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
