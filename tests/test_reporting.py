@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
-from signbit.errors import OptionError, SignbitError, StructureError
+from signbit.errors import DataError, OptionError, SignbitError, StructureError
 from signbit.evaluate.difference import compared, differences
 from signbit.evaluate.speed import SpeedOptions
 from signbit.hub.agreement import agreement, exact_agreement, text_tokens
@@ -196,6 +196,28 @@ def test_a_report_made_again_asks_the_teacher_once_more(packed, llama_dir, text,
     for flags, asked in (("", 1), ("", 1), ("--again", 2)):
         code, _, err = run(capsys, f"{command} {flags}")
         assert code == 0 and len(calls) == asked, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--ppl wikitext2 --held-out {text}", "wikitext2 is not at hand"),
+        ("--ppl none --held-out {text}.none", "text.txt.none"),
+    ],
+)
+def test_a_text_that_is_not_to_be_had_ends_a_report_before_models_are_timed(
+    flags, message, packed, llama_dir, text, tmp_path, monkeypatch, capsys
+):
+    def no_hub(wanted):
+        raise DataError(f"{wanted.name} is not at hand")
+
+    def timed(*_):
+        raise AssertionError("a model was timed")
+
+    monkeypatch.setattr(import_module("signbit.data.sources"), "hub_data", no_hub)
+    monkeypatch.setattr(Subject, "speed", timed)
+    code, _, err = run(capsys, f"report {packed} --against {llama_dir} -o {tmp_path}/r {flags.format(text=text)}")
+    assert code == 1 and message in err
 
 
 def test_the_text_that_signbit_carries_is_at_hand(tokenizer):

@@ -55,6 +55,7 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
     requests = tasks.requests(SimpleNamespace(**options, export_requests=None), place)
     teacher = models[-1] if has_teacher else None
     known = {facts.model_sha256: facts for facts in read if facts.model_sha256 is not None}
+    _read_texts(models, known, teacher, protocols, args)
     # First, while no other model takes memory.
     speeds = [None if "speed" in args.skip else _speed(subject, known.get(subject.sha256)) for subject in models]
     at_hand = []
@@ -67,15 +68,37 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
     return found, None if teacher is None else found[len(models) - 1]
 
 
+def _asked(there: Facts | None, protocols: Sequence[str]) -> list[str]:
+    """The `protocols` that no file of results has of a model."""
+    have = set() if there is None else {found["protocol"] for found in there.perplexities}
+    return [name for name in protocols if name not in have]
+
+
+def _read_texts(
+    models: Sequence[Subject], known: dict[str, Facts], teacher: Subject | None, protocols: Sequence[str], args: Any
+) -> None:
+    """Raises DataError, before long work, for a text that is needed and not to be had; local ones of --ppl are checked."""
+    from signbit.data import PROTOCOLS, read_set
+    from signbit.hub.agreement import text_tokens
+
+    needed = {
+        name
+        for subject in models
+        for name in _asked(known.get(subject.sha256), protocols)
+        if name in PROTOCOLS and subject.recall("perplexity", _protocol(name, args)) is None
+    }
+    for name in sorted(needed) if args.data_dir is None else ():
+        read_set(PROTOCOLS[name])
+    if teacher is not None and "agreement" not in args.skip:
+        text_tokens(models[0].tokenizer, args.held_out, args.data_dir, args.held_out_tokens)
+
+
 def _measure(
     subject: Subject, there: Facts | None, teacher: Subject | None, protocols: Sequence[str], requests: Any, args: Any
 ) -> Facts:
     """What is asked of one model, but for what a file of results has of it (`there`)."""
-    facts = subject.facts()
-    have = set() if there is None else {found["protocol"] for found in there.perplexities}
-    facts = replace(
-        facts, perplexities=tuple(_perplexity(subject, name, args) for name in protocols if name not in have)
-    )
+    asked = _asked(there, protocols)
+    facts = replace(subject.facts(), perplexities=tuple(_perplexity(subject, name, args) for name in asked))
     if requests is not None:
         facts = replace(facts, tasks=(_tasks(subject, requests, args),))
     if teacher is not None and subject is not teacher:
@@ -96,10 +119,16 @@ def _speed(subject: Subject, there: Facts | None) -> dict[str, Any] | None:
         return subject.speed(SpeedOptions())
 
 
+def _protocol(name: str, args: Any) -> dict[str, Any]:
+    from signbit.data import PROTOCOLS
+    from signbit.hub.subject import perplexity_protocol
+
+    return perplexity_protocol(name, args.data_dir, args.max_windows, None if name in PROTOCOLS else args.text)
+
+
 def _perplexity(subject: Subject, name: str, args: Any) -> dict[str, Any]:
     from signbit.data import PROTOCOLS
     from signbit.evaluate.perplexity import perplexity
-    from signbit.hub.subject import perplexity_protocol
 
     options = None if name in PROTOCOLS else args.text
 
@@ -110,8 +139,7 @@ def _perplexity(subject: Subject, name: str, args: Any) -> dict[str, Any]:
                 lambda done, total, value: bars(f"{subject.name} {name}", done, total, f"ppl {value:.2f}"),
             ).to_dict()  # fmt: skip
 
-    protocol = perplexity_protocol(name, args.data_dir, args.max_windows, options)
-    return subject.known("perplexity", protocol, measure)
+    return subject.known("perplexity", _protocol(name, args), measure)
 
 
 def _tasks(subject: Subject, requests: Any, args: Any) -> dict[str, Any]:
