@@ -32,7 +32,11 @@ class Process:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
         command = [sys.executable, "-m", "signbit", "serve", *arguments]
         with log.open("w") as errors:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+            # As at a terminal: background jobs of a shell, which these tests may be, ignore Ctrl-C, and so do their children.
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
         self.first_line = self.process.stdout.readline()
         assert self.first_line, log.read_text()
         self.url = self.first_line.split()[0]
