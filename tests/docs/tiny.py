@@ -139,6 +139,7 @@ PAGES_ELSEWHERE = {"docs/guides/server.md": "tests/serve/test_serving.py"}
 #: Commands that other parts of CI run → the file that runs them, and by which words of it.
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
+    "signbit serve OUT": ("tests/serve/test_serving.py", '"signbit", "serve"'),
     "pip install .": (".ci/run", "pip install"),
     "pip install .[gguf]": ("Makefile", "gguf"),
     "pip install signbit[lora]": ("Makefile", "lora"),
