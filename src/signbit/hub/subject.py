@@ -25,6 +25,7 @@ from signbit.hub.distill import is_run, load_latent
 from signbit.hub.load import base_of, is_packed, load_any, load_config, load_tokenizer
 from signbit.hub.stream import source_digests
 from signbit.linear import set_activations
+from signbit.ops import cpu, cuda
 from signbit.version import VERSION
 
 
@@ -84,7 +85,7 @@ class Subject:
         self.__dict__.pop("model", None)
 
     def _key(self, what: str, protocol: dict[str, Any]) -> dict[str, Any]:
-        forced = {name: os.environ[name] for name in ("SIGNBIT_CPU", "SIGNBIT_CUDA") if os.environ.get(name)}
+        forced = {name: os.environ[name] for name in (cpu.VARIABLE, cuda.VARIABLE) if os.environ.get(name)}
         return {"what": what, "signbit": VERSION, **asdict(self.where), **forced, **protocol}
 
     def keep(self, what: str, protocol: dict[str, Any], found: dict[str, Any]) -> None:
