@@ -1,6 +1,7 @@
 """`signbit report`, `compare` and `diff`, and what they measure."""
 
 import json
+import re
 import shlex
 from importlib import import_module
 
@@ -13,6 +14,7 @@ import signbit
 from signbit.cli import main
 from signbit.errors import DataError, OptionError, SignbitError, StructureError
 from signbit.evaluate.difference import compared, differences
+from signbit.evaluate.machines import here
 from signbit.evaluate.speed import SpeedOptions
 from signbit.hub.agreement import agreement, exact_agreement, text_tokens
 from signbit.hub.load import load_any, load_tokenizer
@@ -127,7 +129,12 @@ def test_kl_and_top1_over_the_whole_vocabulary_are_what_their_definitions_say(pa
         patch.setattr(import_module("signbit.hub.agreement"), "VERSION", "another")
         agreement(a, teacher, "t", "b", file, 64)
     assert len(calls) == 6, "and for another version"
-    assert agreement(a, teacher, "t", "b", file, 64, again=True) == by_file and len(calls) == 7
+    for variable in ("SIGNBIT_CPU", "SIGNBIT_CUDA"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(variable, "reference")
+            agreement(a, teacher, "t", "b", file, 64)
+    assert len(calls) == 8, "and for other kernels"
+    assert agreement(a, teacher, "t", "b", file, 64, again=True) == by_file and len(calls) == 9
     assert agreement(b, teacher, "t", "b", file, 64).kl == pytest.approx(0, abs=1e-4)
 
 
@@ -283,6 +290,10 @@ def test_report_measures_once_and_says_it_all(packed, llama_dir, text, tmp_path,
     assert len(one["samples"]) == 3 and one["size"]["bits_per_weight"] > 1
     assert len(one["layers"]) == 14 and all(0 < layer["error"] < 1 for layer in one["layers"])
     assert len(teacher["perplexities"]) == 1, "taken from --results"
+    machine = here()
+    assert one["measured_on"] == [{"what": ["agreement", "layers", "sample"], **machine}]
+    assert teacher["measured_on"] == [{"what": ["sample", "perplexity text.txt"], **machine}]
+    assert one["unknown"] == {"speed": "it was left out (--skip speed)"}
     page, card = (out / "report.html").read_text(), (out.parent / "one" / "README.md").read_text()
     for words in ("What they write", "data:image/png;base64,", "signbit quantize", one["model_sha256"][:16]):
         assert words in page
@@ -342,6 +353,44 @@ def test_eval_keeps_its_perplexity_for_reports(llama_dir, text, tmp_path, capsys
     assert run(capsys, f"{command} --window 64 --max-windows 2")[0] == 0 and loads, "another text"
 
 
+def test_what_is_kept_says_on_which_machine_it_was_found(llama_dir, text, tmp_path, capsys, monkeypatch):
+    (tmp_path / "asked.jsonl").write_text(
+        '{"signbit_requests": 1, "harness": "made", "limit": null, "groups": [], "tasks": [{"name": "t", "kind": "choice", '
+        '"metrics": ["acc"], "few_shot": 0, "version": "1", "documents": 1, "source": "here"}]}\n'
+        '{"task": "t", "document": 0, "pairs": [["w1", " w2"], ["w1", " w3"]], "gold": [0], "lengths": [2, 2]}\n'
+    )
+    machines, out = import_module("signbit.evaluate.machines"), tmp_path / "e.json"
+
+    def measured_on(flags):
+        code, _, err = run(capsys, f"eval {llama_dir} --window 32 {flags} --json {out}")
+        assert code == 0, err
+        return json.loads(out.read_text())["models"][0]["measured_on"]
+
+    monkeypatch.setattr(machines, "versions", lambda: {"torch": "of yesterday"})
+    requests = f"--requests {tmp_path}/asked.jsonl"
+    yesterday = {**here(), "torch": "of yesterday"}
+    assert measured_on(f"--ppl {text} {requests}") == [{"what": ["perplexity text.txt", "tasks"], **yesterday}]
+    monkeypatch.setattr(machines, "versions", lambda: {"torch": "of today"})
+    today = {**here(), "torch": "of today"}
+    assert measured_on(f"--ppl {text} {requests}") == [{"what": ["perplexity text.txt", "tasks"], **yesterday}]
+    with (tmp_path / "asked.jsonl").open("a") as stream:
+        stream.write('{"task": "t", "document": 1, "pairs": [["w4", " w2"]], "gold": [0], "lengths": [2]}\n')
+    assert measured_on(f"--ppl {text} {requests}") == [
+        {"what": ["perplexity text.txt"], **yesterday}, {"what": ["tasks"], **today},
+    ], "the batch of both documents was answered today"  # fmt: skip
+    monkeypatch.setattr(machines, "versions", lambda: {"torch": "of tomorrow"})
+    monkeypatch.setenv("SIGNBIT_CUDA", "reference")
+    (tasks,) = measured_on(requests)
+    assert tasks["torch"] == "of tomorrow", "what other kernels answered is asked for anew"
+    monkeypatch.delenv("SIGNBIT_CUDA")
+    assert measured_on(f"--ppl {text} {requests}")[1] == {"what": ["tasks"], **today}
+    command = f"report {llama_dir} --ppl none --results {out} --skip samples --skip speed -o {tmp_path}/r"
+    assert run(capsys, command)[0] == 0
+    page = (tmp_path / "r" / "report.md").read_text()
+    assert re.search(r"\| llama \| torch of yesterday.* \| perplexity text\.txt \|", page)
+    assert re.search(r"\| llama \| torch of today.* \| tasks \|", page) and "Made on: torch of tomorrow" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -371,8 +420,17 @@ def test_a_model_of_another_vocabulary_has_no_agreement_and_that_is_said(packed,
     skip = "--skip speed --skip samples"
     code, _, err = run(capsys, f"compare {packed} {other} --ppl none --held-out {text} --block 64 {skip} --json {out}")
     assert code == 0
-    assert "note: one, agreement with other" in err and "note: one, layers beside other" in err
-    assert json.loads(out.read_text())["models"][0]["agreement"] is None
+    assert "note: one, agreement beside other" in err and "note: one, layers beside other" in err
+    (one, _) = json.loads(out.read_text())["models"]
+    assert one["agreement"] is None and "answers with 70 tokens and the model with 64" in one["unknown"]["agreement"]
+    assert "[70, 32] in the other" in one["unknown"]["layers"] and err.count(one["unknown"]["layers"]) == 1
+    assert run(capsys, f"compare {packed} --results {out} --ppl none {skip} --json {out}")[0] == 0
+    assert json.loads(out.read_text())["models"][0]["unknown"]["agreement"] == "no teacher was named to compare with"
+    skip += " --skip agreement --skip layers"
+    assert run(capsys, f"compare {packed} {other} --ppl none {skip} --json {out}")[0] == 0
+    assert json.loads(out.read_text())["models"][0]["unknown"] == {
+        name: f"it was left out (--skip {name})" for name in ("agreement", "layers", "speed")
+    }
 
 
 def test_a_name_before_a_place(tmp_path):

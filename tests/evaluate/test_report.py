@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -15,10 +16,12 @@ from signbit.evaluate.plot import Quality, pareto, plot_quality
 from signbit.evaluate.report import make_page, quality, summary
 from signbit.hub.card import with_report
 
+S = "asked_sha256"
 
-def result(name, acc, chance=0.5, documents=100, acc_norm=None, tasks=()):
+
+def result(name, acc, chance=0.5, documents=100, acc_norm=None, tasks=(), **digest):
     values = {"acc": acc} | ({} if acc_norm is None else {"acc_norm": acc_norm})
-    return {
+    return digest | {
         "name": name, "values": values, "stderr": {"acc": 0.05}, "chance": chance, "documents": documents, "of": 100,
         "few_shot": 0, "version": "1", "source": "here", "tasks": list(tasks),
     }  # fmt: skip
@@ -65,6 +68,63 @@ def test_the_share_kept_and_the_share_above_chance():
 def test_in_the_mean_of_acc_norm_a_task_without_it_stands_with_its_acc():
     model = Facts("m", tasks=(asked(result("a", 0.5, acc_norm=0.9), result("b", 0.3)),))
     assert share_kept(model, TEACHER, "acc_norm").model == pytest.approx(0.6)
+
+
+def test_documents_of_one_number_are_the_same_only_if_their_digests_are():
+    mine, its, old = (Facts("m", tasks=(asked(result("a", 0.5, **d)),)) for d in ({S: "1"}, {S: "2"}, {}))
+    assert share_kept(mine, mine) is not None and share_kept(mine, its) is None
+    assert share_kept(mine, old) is not None and share_kept(old, its) is not None, "their number is all that is known"
+    models = [replace(facts, name=name) for facts, name in ((mine, "one"), (mine, "two"), (its, "three"), (old, "old"))]
+    text = markdown(make_page(models, None, None, [], {}))
+    assert "| 100 of 100; three: 100 of 100, other texts |" in text
+    text = markdown(make_page([models[0], models[3]], None, None, [], {}))
+    assert "| 100 of 100 |" in text, "an old result is not said to differ"
+
+
+HERE = {"signbit": "1", "torch": "2", "device": "a CPU"}
+THERE = {"signbit": "1", "torch": "2", "backend": "cuda", "device": "a GPU"}
+
+
+def test_the_page_names_the_machines_that_are_not_the_one_that_makes_it(tmp_path):
+    path = tmp_path / "r.json"
+    away = Facts("away", "/away", "a" * 64, perplexities=(ppl(9.0, "c4, first 2"),), tasks=(asked(result("a", 0.5)),))
+    recorded = replace(away, measured_on=({"what": ["tasks"], **THERE},))
+    path.write_text(json.dumps({"models": [recorded.to_dict()]}))
+    (read,) = read_results(str(path))
+    assert read.measured_on == ({"what": ["tasks"], **THERE}, {"what": ["perplexity c4"]})
+    near = {"kl": 1.0, "teacher": "t", "top1": 0.5, "tokens": 1, "source": "s", "outcomes": 1, "mass": 1.0}
+    at_hand = replace(
+        MODEL, model_sha256="a" * 64, agreement=near, measured_on=({"what": ["agreement"], **HERE},), tasks=()
+    )
+    read = replace(read, agreement=near, measured_on=(*read.measured_on, {"what": ["agreement", "speed"], **THERE}))
+    (both,) = merged([at_hand], [read])
+    assert both.measured_on == (
+        {"what": ["agreement"], **HERE}, {"what": ["tasks", "speed"], **THERE}, {"what": ["perplexity c4"]},
+    ), "of two agreements that at hand is shown"  # fmt: skip
+    text = markdown(make_page([both, TEACHER], TEACHER, None, [], HERE))
+    assert "Made on: signbit 1, torch 2, a CPU." in text and text.count("a CPU") == 1
+    assert "| one bit | signbit 1, torch 2, backend cuda, a GPU | tasks; speed |" in text
+    assert "| one bit | not recorded | perplexity c4 |" in text
+    assert "measured on" not in markdown(make_page([at_hand], None, None, [], HERE))
+
+
+def test_the_page_gives_the_reason_that_held():
+    near = {"kl": 1.0, "teacher": "t", "top1": 0.5, "tokens": 1, "source": "s", "outcomes": 1, "mass": 1.0}
+    found = replace(MODEL, name="found", agreement=near)
+    failed = replace(MODEL, name="failed", unknown={"agreement": "two vocabularies", "speed": "it was left out"})
+    also, away = replace(failed, name="also"), replace(failed, name="away", source="a.json")
+    old = Facts("old", source="b.json")
+    text = markdown(make_page([failed, found, also, away, old, TEACHER], TEACHER, None, [], {}))
+    part = text[text.index("## Agreement") : text.index("## Speed")]
+    assert re.findall(r"^Not known.*$", part, re.MULTILINE) == [
+        "Not known of failed, also: two vocabularies.",
+        "Not known of away: a.json does not have it (two vocabularies), and the model was not at hand.",
+        "Not known of old: b.json does not have it, and the model was not at hand.",
+    ], "of the teacher there is nothing to know"
+    assert "Not known of failed, also: it was left out." in text[text.index("## Speed") :]
+    assert merged([failed], [replace(found, source="x", model_sha256=None, name="failed")])[0].unknown == {
+        "speed": "it was left out"
+    }
 
 
 @pytest.mark.parametrize(
@@ -151,7 +211,8 @@ def test_files_of_results_are_read_and_merged_by_hash(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [("nothing", "is no file that --json"), ("[1]", "is no file that --json"), ("{}", "holds no model's results"),
-     ('{"models": [{"strange": 1}]}', "is no file that --json")],
+     ('{"models": [{"strange": 1}]}', "is no file that --json"),
+     ('{"models": [{"name": "m", "measured_on": [{"torch": "2"}]}]}', "is no file that --json")],
 )  # fmt: skip
 def test_what_is_no_file_of_results(content, message, tmp_path):
     path = tmp_path / "x.json"
@@ -185,7 +246,7 @@ def test_the_page_says_what_is_known_and_what_is_not(tmp_path):
         "f" * 16,
     ):
         assert known in text
-    assert "Not measured: it needs --against MODEL" in text and "No text was written." in text
+    assert "Not known of one bit: it was not measured." in text and "No text was written." in text
     assert "![Quality" in text and (tmp_path / "quality.png").stat().st_size > 5000
     assert "The error of the layers is not known" in text and (tmp_path / "layers.png").stat().st_size > 5000
     assert "![" not in markdown(page, level=2, pictures=False)
@@ -269,9 +330,12 @@ def test_a_card_takes_a_report_in_the_place_of_the_one_before():
 def test_what_was_measured_is_kept_by_model_and_protocol(tmp_path, monkeypatch):
     monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path))
     assert kept.recall("a" * 64, {"x": 1}) is None
-    kept.keep("a" * 64, {"x": 1}, {"found": 2.5})
-    assert kept.recall("a" * 64, {"x": 1}) == {"found": 2.5}
+    kept.keep("a" * 64, {"x": 1}, {"found": 2.5}, HERE)
+    assert kept.recall("a" * 64, {"x": 1}) == ({"found": 2.5}, HERE)
     assert kept.recall("a" * 64, {"x": 2}) is None and kept.recall("b" * 64, {"x": 1}) is None
     (file,) = tmp_path.rglob("*.json")
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key != "measured_on"}
+    file.write_text(json.dumps(old))
+    assert kept.recall("a" * 64, {"x": 1}) == ({"found": 2.5}, {}), "of an older signbit, which recorded no machine"
     file.write_text(file.read_text()[:20])
     assert kept.recall("a" * 64, {"x": 1}) is None, "a damaged file is as none"

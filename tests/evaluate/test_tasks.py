@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -434,9 +435,25 @@ def test_a_run_that_was_stopped_goes_on_without_asking_again(limited, stories, t
     assert scored.answers == expected
     assert stopped.calls + goes_on.calls == whole.calls
     assert scored.known > 0
+    assert Answers(path).machines(pairs) == [{}], "nobody said which"
     again = Counting(model)
     assert score(again, encoder, pairs, Answers(path)).answers == expected
     assert again.calls == []
+
+
+def test_answers_are_kept_with_the_machine_that_gave_them(tmp_path):
+    path, (a, b, c) = tmp_path / "answers", [("text", f" {word}") for word in "abc"]
+    Answers(path, 0, {"device": "one"}).add({a: (-1.0, True)})
+    other = Answers(path, 0, {"device": "another"})
+    other.add({b: (-2.0, False)})
+    assert other.machines([a, b]) == [{"device": "one"}, {"device": "another"}]
+    with (tmp_path / "answers-0.jsonl").open("a") as stream:
+        stream.write('\n{"measured_on": {"dev')  # where it was killed
+    third = Answers(path, 0, {"device": "third"})
+    assert (third.get(a), third.get(b)) == ((-1.0, True), (-2.0, False)) and third.machines([b]) == [
+        {"device": "another"}
+    ]
+    assert third.machines([c]) == [{"device": "third"}], "a process beside this one gave it"
 
 
 def test_memory_that_runs_out_halves_the_batch_and_changes_no_answer(limited, stories):
@@ -547,6 +564,15 @@ def test_means_of_groups_and_their_errors_are_lm_evals():
     assert suite.values["acc"] == suite.values["acc_norm"] == pytest.approx(sum(t.values["acc"] for t in tasks) / 3)
     assert suite.stderr["acc"] == pytest.approx(unweighted_mean_stderr(errors))
     assert weighted.chance == suite.chance == 0.5 and weighted.documents == 16
+    assert len({part.asked_sha256 for part in (weighted, *tasks)}) == 4
+    assert results(requests, dict.fromkeys(answers, (0.0, True)))[2].asked_sha256 == tasks[0].asked_sha256
+    for change in ({"pairs": (("t0 0", "x"), ("t0 0", "z"))}, {"gold": (1,)}, {"lengths": (1, 2)}):
+        first, *rest = requests.questions
+        changed = replace(requests, questions=(replace(first, **change), *rest))
+        answers[("t0 0", "z")] = (-1.0, False)
+        group, _, task, same, _ = results(changed, answers)
+        assert group.asked_sha256 != weighted.asked_sha256 and task.asked_sha256 != tasks[0].asked_sha256, change
+        assert same.asked_sha256 == tasks[1].asked_sha256
     single = results(made_requests((1,), ()), answers)[0]
     assert single.stderr == {"acc": None}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from signbit.evaluate.facts import Facts
     from signbit.hub.subject import Subject
 
+_LEFT_OUT = "it was left out (--skip {})"
 #: Behind what the samples go on.
 PROMPTS = ("The weather was", "Once upon a time", "The capital of France is")
 
@@ -61,7 +61,7 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
     at_hand = []
     for subject, speed in zip(models, speeds, strict=True):
         facts = _measure(subject, known.get(subject.sha256), teacher, protocols, requests, args)
-        at_hand.append(replace(facts, speed=speed))
+        at_hand.append(replace(facts, speed=speed, measured_on=subject.measured_on))
         if subject is not teacher:
             subject.release()
     found = merged(at_hand, read)
@@ -98,10 +98,12 @@ def _measure(
 ) -> Facts:
     """What is asked of one model, but for what a file of results has of it (`there`)."""
     asked = _asked(there, protocols)
-    facts = replace(subject.facts(), perplexities=tuple(_perplexity(subject, name, args) for name in asked))
+    unknown = {"speed": _LEFT_OUT.format("speed")} if "speed" in args.skip else {}
+    perplexities = tuple(_perplexity(subject, name, args) for name in asked)
+    facts = replace(subject.facts(), perplexities=perplexities, unknown=unknown)
     if requests is not None:
         facts = replace(facts, tasks=(_tasks(subject, requests, args),))
-    if teacher is not None and subject is not teacher:
+    if subject is not teacher:
         facts = _beside(facts, subject, teacher, args)
     if "samples" not in args.skip:
         facts = replace(facts, samples=_samples(subject, args))
@@ -145,28 +147,28 @@ def _perplexity(subject: Subject, name: str, args: Any) -> dict[str, Any]:
 def _tasks(subject: Subject, requests: Any, args: Any) -> dict[str, Any]:
     from signbit.cli import tasks
 
-    found = tasks.answered(subject.model, subject.tokenizer, subject.place, requests, args, tasks.Place())
+    found = tasks.answered(subject.model, subject.tokenizer, subject, requests, args, tasks.Place())
     return {key: value for key, value in found.items() if key != "model"}
 
 
-def _beside(facts: Facts, subject: Subject, teacher: Subject, args: Any) -> Facts:
-    """Agreement with the teacher, and errors of layers; a model of another vocabulary or shape has none, which is said."""
-    if "agreement" not in args.skip:
-        with _said(f"{subject.name}, agreement with {teacher.name}"):
-            facts = replace(facts, agreement=_agreement(subject, teacher, args))
-    if "layers" not in args.skip and facts.layers:
-        with _said(f"{subject.name}, layers beside {teacher.name}"):
-            facts = replace(facts, layers=_layers(facts, subject, teacher))
-    return facts
-
-
-@contextmanager
-def _said(what: str) -> Iterator[None]:
-    """An error of signbit's becomes a note; the report then lacks that."""
-    try:
-        yield
-    except SignbitError as error:
-        note(f"{what}: {error}")
+def _beside(facts: Facts, subject: Subject, teacher: Subject | None, args: Any) -> Facts:
+    """Agreement with the teacher and errors of layers, or why they are not known: another vocabulary or shape has none."""
+    unknown = dict(facts.unknown)
+    for name in ("agreement", "layers") if facts.layers else ("agreement",):
+        if name in args.skip:
+            unknown[name] = _LEFT_OUT.format(name)
+        elif teacher is None:
+            unknown[name] = "no teacher was named to compare with"
+        else:
+            try:
+                if name == "agreement":
+                    facts = replace(facts, agreement=_agreement(subject, teacher, args))
+                else:
+                    facts = replace(facts, layers=_layers(facts, subject, teacher))
+            except SignbitError as error:
+                unknown[name] = str(error)
+                note(f"{subject.name}, {name} beside {teacher.name}: {error}")
+    return replace(facts, unknown=unknown)
 
 
 def _agreement(subject: Subject, teacher: Subject, args: Any) -> dict[str, Any]:

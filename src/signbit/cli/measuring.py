@@ -299,7 +299,7 @@ def _whole(
 
     results += [perplexities.measured(of, loaded, name, args, place) for name in names]
     if requests is not None:
-        asked.append(tasks.answered(*loaded(), of.place, requests, args, place))
+        asked.append(tasks.answered(*loaded(), of, requests, args, place))
 
 
 def doctor(argv: Sequence[str]) -> None:

@@ -110,7 +110,7 @@ def report(argv: Sequence[str]) -> None:
     from signbit.evaluate.perplexity import TextOptions
 
     args = parse("report", argv, ReportOptions, text=TextOptions, run=RunOptions)
-    from signbit.evaluate.doctor import versions
+    from signbit.evaluate.machines import here
     from signbit.evaluate.page import html, markdown
     from signbit.evaluate.plot import check_plot
     from signbit.evaluate.report import make_page
@@ -123,7 +123,7 @@ def report(argv: Sequence[str]) -> None:
     subjects = measured.subjects((args.model, *args.against), args)
     models, teacher = measured.measured(subjects, args, bool(args.against))
     command = shlex.join(["signbit", "report", *argv])
-    page = make_page(models, teacher, folder, [command], versions())
+    page = make_page(models, teacher, folder, [command], here(args.run.device))
     facts = _facts(models, command)
     for name, text in (("report.md", markdown(page)), ("report.html", html(page))):
         _write(folder / name, text)
@@ -143,7 +143,7 @@ def compare(argv: Sequence[str]) -> None:
     from signbit.evaluate.perplexity import TextOptions
 
     args = parse("compare", argv, CompareOptions, text=TextOptions, run=RunOptions)
-    from signbit.evaluate.doctor import versions
+    from signbit.evaluate.machines import here
     from signbit.evaluate.page import Table
     from signbit.evaluate.report import make_page, summary
 
@@ -154,7 +154,7 @@ def compare(argv: Sequence[str]) -> None:
     models, teacher = measured.measured(subjects, args, len(subjects) > 1)
     short = summary(models, teacher)
     command = shlex.join(["signbit", "compare", *argv])
-    page = make_page(models, teacher, None, [command], versions())
+    page = make_page(models, teacher, None, [command], here(args.run.device))
     _print_summary(short.columns, short.rows)
     for section in page.sections:
         for part in section.parts:

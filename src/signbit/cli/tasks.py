@@ -13,6 +13,7 @@ from signbit.version import VERSION
 
 if TYPE_CHECKING:
     from signbit.evaluate.requests import Requests
+    from signbit.hub.subject import Subject
 
 
 class Place:
@@ -85,17 +86,18 @@ def requests(args: Any, place: Place) -> Requests | None:
     return found
 
 
-def answered(model: Any, tokenizer: Any, name: str, requests: Requests, args: Any, place: Place) -> dict[str, Any]:
-    """What `model` answers, from its answers on the disk as far as they go: results, protocol and hash, as JSON values."""
-    import hashlib
+def answered(model: Any, tokenizer: Any, of: Subject, requests: Requests, args: Any, place: Place) -> dict[str, Any]:
+    """What `model`, that of `of`, answers, from its answers on the disk as far as they go: results, protocol, hash; JSON.
 
+    The machines that gave the answers are recorded in `of`.
+    """
+    from signbit.evaluate.machines import forced_kernels, here
     from signbit.evaluate.scoring import Answers, Encoder, answers_path, positions, score
     from signbit.evaluate.tasks import results
     from signbit.hub.subject import model_digests
     from signbit.linear import get_activations
 
-    encoder = Encoder(tokenizer, args.prompt_bos)
-    digests = model_digests(name)
+    encoder, name = Encoder(tokenizer, args.prompt_bos), of.place
     protocol = {
         "signbit": VERSION,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -104,7 +106,8 @@ def answered(model: Any, tokenizer: Any, name: str, requests: Requests, args: An
         "bos": encoder.described(),
         "positions": positions(model, tokenizer),
     }
-    path = answers_path(digests, {**protocol, "prompt_bos": args.prompt_bos})
+    path = answers_path(model_digests(name), {**protocol, "prompt_bos": args.prompt_bos, **forced_kernels()})
+    answers = Answers(path, place.index, here(str(next(model.parameters()).device)))
     bars, begin = Bars(), time.perf_counter()
 
     def step(done: int, total: int) -> None:
@@ -113,14 +116,16 @@ def answered(model: Any, tokenizer: Any, name: str, requests: Requests, args: An
 
     pairs = [pair for question in requests.questions for pair in question.pairs]
     try:
-        scored = score(model, encoder, pairs, Answers(path, place.index), (place.index, place.number), step)
+        scored = score(model, encoder, pairs, answers, (place.index, place.number), step)
     finally:
         bars.close()
+    for machine in answers.machines(scored.answers):
+        of.record("tasks", machine)
     if scored.truncated and place.main:
         note(f"{name}: {scored.truncated} texts were cut on the left to the model's {protocol['positions']} positions")
     return {
         "model": name,
-        "model_sha256": hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest(),
+        "model_sha256": of.sha256,
         "harness": requests.harness,
         "limit": requests.limit,
         "protocol": protocol,

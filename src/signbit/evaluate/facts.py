@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from signbit.errors import DataError
+from signbit.evaluate.machines import joined, what
 
 #: Fields of `Facts` that hold lists, which are joined when two records of one model meet.
-_LISTS = ("perplexities", "tasks", "samples", "layers")
+_LISTS = ("perplexities", "tasks", "samples", "layers", "measured_on")
+#: Fields of which a model has one, though both records may have it.
+_SINGLE = ("agreement", "speed", "layers")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Facts:
     """prompt, text, how."""
     layers: tuple[dict[str, Any], ...] = ()
     """name, bits_per_weight, nbytes, weights; error and sign_agreement against the teacher's matrix, where it was at hand."""
+    measured_on: tuple[dict[str, Any], ...] = ()
+    """A machine each (`signbit.evaluate.machines.here`) and `what` was found on it; only `what`: it was not recorded."""
+    unknown: dict[str, str] = field(default_factory=dict)
+    """agreement, layers or speed → why it was not measured."""
     source: str | None = None
     """The file that this was read from; None for what this command measured or found in its cache."""
 
@@ -50,14 +57,37 @@ class Facts:
 
     def with_found(self, other: Facts) -> Facts:
         """With what `other`, a record of the same model, knows beside."""
-        joined: dict[str, Any] = {}
+        both: dict[str, Any] = {}
         for key in self.__dataclass_fields__:
             mine, its = getattr(self, key), getattr(other, key)
             if key in _LISTS:
-                joined[key] = (*mine, *(item for item in its if item not in mine)) if key != "layers" else mine or its
+                both[key] = (*mine, *(item for item in its if item not in mine)) if key != "layers" else mine or its
             elif key not in ("name", "source"):
-                joined[key] = its if mine in (None, "") else mine
-        return replace(self, **joined)
+                both[key] = its if mine in (None, "") else mine
+        taken = {name for name in _SINGLE if getattr(self, name)}
+        its = tuple(
+            {**record, "what": [name for name in record["what"] if name not in taken]} for record in other.measured_on
+        )
+        both["measured_on"] = joined((*self.measured_on, *its))
+        reasons = {**other.unknown, **self.unknown}
+        both["unknown"] = {name: why for name, why in reasons.items() if name == "layers" or not both[name]}
+        return replace(self, **both)
+
+    def why_unknown(self, name: str) -> str:
+        """Why agreement, layers or speed are not known, as far as that is known."""
+        why = self.unknown.get(name)
+        if self.source is None:
+            return why or "it was not measured"
+        return f"{self.source} does not have it{f' ({why})' if why else ''}, and the model was not at hand"
+
+    def found(self) -> list[str]:
+        """What was measured, by the names that `measured_on` has for it."""
+        names = {
+            **{what("perplexity", found): True for found in self.perplexities},
+            "tasks": self.tasks, "agreement": self.agreement, "speed": self.speed, "sample": self.samples,
+            "layers": any(layer.get("error") is not None for layer in self.layers),
+        }  # fmt: skip
+        return [name for name, known in names.items() if known]
 
     def results(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Each task or group with the run that it is of; where two runs have one, that with more documents."""
@@ -95,26 +125,39 @@ class Share:
         return (self.model - self.chance) / (self.teacher - self.chance) if self.teacher > self.chance else None
 
 
+def _asked_alike(run: dict[str, Any], result: dict[str, Any], its_run: dict[str, Any], its: dict[str, Any]) -> bool:
+    """Whether a task was asked alike in two runs: harness, beginning of the prompt, examples, and the same documents.
+
+    Documents are the same if their digests are; a result of an older signbit has none, and their number decides.
+    """
+
+    def how(run: dict[str, Any], result: dict[str, Any]) -> tuple[Any, ...]:
+        return run["harness"], run["protocol"]["bos"], result["few_shot"], result["documents"]
+
+    digests = {result.get("asked_sha256"), its.get("asked_sha256")} - {None}
+    return how(run, result) == how(its_run, its) and len(digests) < 2
+
+
 def share_kept(model: Facts, teacher: Facts, metric: str = "acc") -> Share | None:
     """What `model` keeps of the score of `teacher` over the tasks with choices that both were asked alike, or None.
 
     Source: OneBit (arXiv 2402.11295) states its models so, by the mean over six tasks.
     """
 
-    def by_task(facts: Facts) -> dict[str, tuple[Any, dict[str, Any]]]:
+    def by_task(facts: Facts) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         return {
-            result["name"]: ((run["harness"], run["protocol"]["bos"], result["few_shot"], result["documents"]), result)
+            result["name"]: (run, result)
             for run, result in facts.results()
             if not result["tasks"] and result["chance"] is not None
         }
 
     mine, its = by_task(model), by_task(teacher)
     both = [name for name in its if name in mine]
-    alike = [name for name in both if mine[name][0] == its[name][0]]
+    alike = [name for name in both if _asked_alike(*mine[name], *its[name])]
     if not alike:
         return None
 
-    def mean(found: dict[str, tuple[Any, dict[str, Any]]]) -> float:
+    def mean(found: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> float:
         values = [found[name][1]["values"] for name in alike]
         return float(sum(value.get(metric, value["acc"]) for value in values)) / len(values)
 
@@ -143,6 +186,7 @@ def read_results(path: str, name: str | None = None) -> list[Facts]:
         for entry in written.get("tasks", ()):
             facts = of(entry)
             found[facts.model] = replace(facts, tasks=(*facts.tasks, _without_model(entry)))
+        read = [_with_unrecorded(facts) for facts in found.values()]
     except OSError as error:
         raise DataError(f"--results {path} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -156,11 +200,18 @@ def read_results(path: str, name: str | None = None) -> list[Facts]:
         raise DataError(
             f"--results {name}={path}: {len(found)} models are in it ({', '.join(found)}); leave the name out"
         )
-    return [replace(facts, name=name or facts.name) for facts in found.values()]
+    return [replace(facts, name=name or facts.name) for facts in read]
 
 
 def _without_model(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "model"}
+
+
+def _with_unrecorded(facts: Facts) -> Facts:
+    """With a record of what was found on machines that are not recorded."""
+    recorded = [name for record in facts.measured_on for name in record["what"]]
+    lacking = [name for name in facts.found() if name not in recorded]
+    return replace(facts, measured_on=joined((*facts.measured_on, {"what": lacking})))
 
 
 def _facts(entry: dict[str, Any], source: str) -> Facts:

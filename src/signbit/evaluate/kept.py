@@ -26,23 +26,26 @@ def _path(model_sha256: str, protocol: dict[str, Any]) -> Path:
     return cache_folder() / "measured" / model_sha256[:32] / f"{digest(protocol)[:32]}.json"
 
 
-def recall(model_sha256: str, protocol: dict[str, Any]) -> Any | None:
-    """What was kept for a model under a protocol (JSON values), or None; a damaged file counts as none."""
+def recall(model_sha256: str, protocol: dict[str, Any]) -> tuple[Any, dict[str, str]] | None:
+    """What was kept for a model under a protocol (JSON values), and the machine that found it ({}: not recorded), or None.
+
+    A damaged file counts as none.
+    """
     try:
-        return json.loads(_path(model_sha256, protocol).read_text(encoding="utf-8"))["found"]
+        kept = json.loads(_path(model_sha256, protocol).read_text(encoding="utf-8"))
+        return kept["found"], dict(kept.get("measured_on", {}))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def keep(model_sha256: str, protocol: dict[str, Any], found: Any) -> None:
-    """Keeps what was found (JSON values); raises OptionError where it cannot be written."""
+def keep(model_sha256: str, protocol: dict[str, Any], found: Any, machine: dict[str, str]) -> None:
+    """Keeps what was found on a machine (JSON values); raises OptionError where it cannot be written."""
     path = _path(model_sha256, protocol)
     made = path.with_name(f"{path.name}.{os.getpid()}")
+    kept = {"model_sha256": model_sha256, "protocol": protocol, "found": found, "measured_on": machine}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text(
-            json.dumps({"model_sha256": model_sha256, "protocol": protocol, "found": found}), encoding="utf-8"
-        )
+        made.write_text(json.dumps(kept), encoding="utf-8")
         made.replace(path)
     except OSError as error:
         raise OptionError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from signbit.errors import OptionError
 from signbit.evaluate.facts import Facts, Share, share_kept
+from signbit.evaluate.machines import described, of_machine
 from signbit.evaluate.page import Code, Fold, Page, Part, Picture, Quote, Section, Table
 from signbit.evaluate.plot import Quality, plot_layers, plot_quality
 from signbit.models import Decision, Report
@@ -167,12 +168,21 @@ def _tasks(models: Sequence[Facts], teacher: Facts | None) -> Section:
 
 
 def _documents(found: dict[str, dict[str, Any]]) -> str:
-    """How many documents were asked, of how many: of most models, then of those that were asked others."""
-    counts: dict[str, list[str]] = {}
+    """How many documents were asked, of how many: of most models, then of those that were asked others.
+
+    Results without a digest of their documents stand with those of their number.
+    """
+    counts: dict[str, dict[str | None, list[str]]] = {}
     for name, result in found.items():
-        counts.setdefault(f"{result['documents']} of {result['of']}", []).append(name)
-    most, *others = sorted(counts, key=lambda count: -len(counts[count]))
-    return "; ".join([most, *(f"{', '.join(counts[count])}: {count}" for count in others)])
+        alike = counts.setdefault(f"{result['documents']} of {result['of']}", {})
+        alike.setdefault(result.get("asked_sha256"), []).append(name)
+    groups: list[tuple[str, list[str]]] = []
+    for count, by_digest in counts.items():
+        unknown = by_digest.pop(None, [])
+        same, *others = sorted(by_digest.values(), key=len, reverse=True) or [[]]
+        groups += [(count, [*same, *unknown]), *((f"{count}, other texts", names) for names in others)]
+    (most, _), *rest = sorted(groups, key=lambda group: -len(group[1]))
+    return "; ".join([most, *(f"{', '.join(names)}: {count}" for count, names in rest)])
 
 
 def _kept(models: Sequence[Facts], teacher: Facts | None) -> list[Part]:
@@ -213,10 +223,20 @@ def _kept(models: Sequence[Facts], teacher: Facts | None) -> list[Part]:
     return [Table(columns, rows, note)]
 
 
-def _agreement(models: Sequence[Facts]) -> Section:
+def _not_known(models: Sequence[Facts], name: str) -> list[Part]:
+    """The models of which `name` is not known, by the reason."""
+    by_reason: dict[str, list[str]] = {}
+    for facts in models:
+        if getattr(facts, name) is None:
+            by_reason.setdefault(facts.why_unknown(name), []).append(facts.name)
+    return [f"Not known of {', '.join(names)}: {why}." for why, names in by_reason.items()]
+
+
+def _agreement(models: Sequence[Facts], teacher: Facts | None) -> Section:
     found = [(facts, near) for facts in models if (near := facts.agreement) is not None]
+    lacking = _not_known([facts for facts in models if facts is not teacher], "agreement")
     if not found:
-        return Section("Agreement with the teacher", ["Not measured: it needs --against MODEL, and both at hand."])
+        return Section("Agreement with the teacher", lacking or ["There is no model but the teacher."])
     rows = [
         (
             facts.name, near["teacher"], number(near["kl"], 4), percent(near["top1"]), f"{near['tokens']:,}", near["source"],
@@ -230,13 +250,13 @@ def _agreement(models: Sequence[Facts]) -> Section:
         "as one, so that it is a lower bound."
     )
     columns = ("model", "teacher", "KL", "top-1", "tokens", "text", "outcomes")
-    return Section("Agreement with the teacher", [Table(columns, rows, note)])
+    return Section("Agreement with the teacher", [Table(columns, rows, note), *lacking])
 
 
 def _speeds(models: Sequence[Facts]) -> Section:
     found = [(facts, speed) for facts in models if (speed := facts.speed) is not None]
     if not found:
-        return Section("Speed and memory", ["Not measured here."])
+        return Section("Speed and memory", _not_known(models, "speed"))
     rows = [
         (
             facts.name, s["backend"], number(s["prefill_tokens_per_s"], 1), number(s["decode_tokens_per_s"], 1),
@@ -253,7 +273,7 @@ def _speeds(models: Sequence[Facts]) -> Section:
         "A busy machine is slower."
     )
     columns = ("model", "multiplied by", "prefill", "decode", "load", "peak", "before", "run", "machine")
-    return Section("Speed and memory", [Table(columns, rows, note)])
+    return Section("Speed and memory", [Table(columns, rows, note), *_not_known(models, "speed")])
 
 
 def _samples(models: Sequence[Facts]) -> Section:
@@ -307,7 +327,7 @@ def _pictures(models: Sequence[Facts], teacher: Facts | None, folder: Path) -> l
             "Error is ‖W − V‖² / ‖V‖² of each packed matrix against the teacher's: what rounding does to weights. A trained "
             "model's weights are its own, so that theirs says how far they went and not how good they are."
             if known
-            else "The error of the layers is not known: it needs --against MODEL with layers of the same names."
+            else f"The error of the layers is not known: {subject.why_unknown('layers')}."
         )
         picture = Picture(folder / "layers.png", "True bits (and error) of each packed layer over the blocks")
         sections.append(Section(f"Layers of {subject.name}", [picture, says, Fold("All layers", _layers(subject))]))
@@ -325,15 +345,24 @@ def _layers(facts: Facts) -> Table:
     return Table(("layer", "weights", "bits/weight", "error", "equal signs"), rows)
 
 
-def _sources(models: Sequence[Facts], commands: Sequence[str], versions: dict[str, str]) -> Section:
+def _sources(models: Sequence[Facts], commands: Sequence[str], here: dict[str, str]) -> Section:
     rows = [
         (facts.name, (facts.model_sha256 or MISSING)[:16], facts.made_by or MISSING, facts.source or "this command")
         for facts in models
     ]
     made = "\n".join([*(facts.command for facts in models if facts.command), *commands])
-    used = ", ".join(f"{name} {version}" for name, version in versions.items())
     table = Table(("model", "SHA-256", "made by", "results from"), rows, "SHA-256 over the models' files.")
-    return Section("Commands, versions, hashes", [Code(made), f"Versions: {used}.", table])
+    elsewhere = [
+        (facts.name, described(machine), "; ".join(record["what"]))
+        for facts in models
+        for record in facts.measured_on
+        if (machine := of_machine(record)) != here
+    ]
+    parts: list[Part] = [Code(made), f"Made on: {described(here)}.", table]
+    if elsewhere:
+        note = "What is not named here was measured where the report was made."
+        parts.append(Table(("model", "measured on", "what"), elsewhere, note))
+    return Section("Commands, versions, hashes", parts)
 
 
 def make_page(
@@ -341,10 +370,11 @@ def make_page(
     teacher: Facts | None,
     folder: Path | None,
     commands: Sequence[str],
-    versions: dict[str, str],
+    here: dict[str, str],
 ) -> Page:
     """The page of `models`, the first of which it is about; `folder` takes its pictures, None leaves them out.
 
+    `here` is the machine that makes it (`signbit.evaluate.machines.here`): what was measured on others says so.
     Raises OptionError if matplotlib, which draws, is missing, or a picture cannot be written.
     """
     if not models:
@@ -364,11 +394,11 @@ def make_page(
             _sizes(models),
             _perplexities(models, shown),
             _tasks(models, shown),
-            _agreement(models),
+            _agreement(models, shown),
             _speeds(models),
             _samples(models),
             *layers,
-            _sources(models, commands, versions),
+            _sources(models, commands, here),
         ],
     )
 

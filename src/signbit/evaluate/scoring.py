@@ -33,26 +33,33 @@ _CPU_TOKENS, _DEVICE_TOKENS = 2048, 65536
 class Answers:
     """Answers by the hash of their pair, in memory and, with a `path`, on the disk as they come.
 
-    Each line of the file is one answer, written whole batch by batch, so that a run that was killed has lost at most the
-    batch it was at. Several processes write to files of their own (`place`), and all of them are read.
+    Each line of the file is one answer, written whole batch by batch behind a line of the `machine` that gave it, so that
+    a run that was killed has lost at most the batch it was at. Several processes write to files of their own (`place`),
+    and all of them are read.
     """
 
-    def __init__(self, path: Path | None = None, place: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, place: int = 0, machine: dict[str, str] | None = None) -> None:
+        self.path, self._machine = path, machine or {}
         self._file = None if path is None else path.with_name(f"{path.name}-{place}.jsonl")
         self._known: dict[str, Answer] = {}
+        self._given_on: dict[str, dict[str, str]] = {}
         if path is not None:
             for file in sorted(path.parent.glob(f"{path.name}-*.jsonl")):
-                self._known.update(self._read(file))
+                self._read(file)
 
-    @staticmethod
-    def _read(file: Path) -> Iterable[tuple[str, Answer]]:
+    def _read(self, file: Path) -> None:
+        machine: dict[str, str] = {}
         for line in file.read_bytes().split(b"\n"):
             try:
-                key, logprob, greedy = json.loads(line)
-            except ValueError:
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    machine = found["measured_on"]
+                    continue
+                key, logprob, greedy = found
+            except (ValueError, KeyError):
                 continue  # the end of a line that a killed run did not finish: it is asked again
-            yield str(key), (float(logprob), bool(greedy))
+            self._known[str(key)] = float(logprob), bool(greedy)
+            self._given_on[str(key)] = machine
 
     @staticmethod
     def key(pair: Pair) -> str:
@@ -63,14 +70,27 @@ class Answers:
         """The answer to a pair, if it is known."""
         return self._known.get(self.key(pair))
 
+    def machines(self, pairs: Iterable[Pair]) -> list[dict[str, str]]:
+        """The machines that gave the answers to `pairs`, each once; {} is one that was not recorded.
+
+        What is not known here was given by another process of this run, whose machine counts as this one.
+        """
+        found: list[dict[str, str]] = []
+        for pair in pairs:
+            if (machine := self._given_on.get(self.key(pair), self._machine)) not in found:
+                found.append(machine)
+        return found
+
     def add(self, answers: dict[Pair, Answer]) -> None:
-        """Keeps the answers of a batch; raises OptionError where they cannot be written."""
+        """Keeps the answers of a batch, given here; raises OptionError where they cannot be written."""
         named = {self.key(pair): answer for pair, answer in answers.items()}
         self._known.update(named)
+        self._given_on.update(dict.fromkeys(named, self._machine))
         if self._file is None:
             return
         # Each begins with the end of the line before it, so that it stands alone whatever a killed run left there.
-        lines = "".join("\n" + json.dumps([key, *answer]) for key, answer in named.items())
+        values = ({"measured_on": self._machine}, *([key, *answer] for key, answer in named.items()))
+        lines = "".join("\n" + json.dumps(value) for value in values)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("ab") as stream:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from signbit.errors import OptionError
-from signbit.evaluate.doctor import multiplied, processor
+from signbit.evaluate.doctor import multiplied
+from signbit.evaluate.machines import device_name
 from signbit.linear import PackedLinear, get_activations
 from signbit.ops import explain
 
@@ -77,9 +78,8 @@ def backend(model: Any) -> str:
 
 def machine(device: str) -> str:
     """The name of what computes on `device`, with torch's threads on a CPU."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    name = device_name(device)
+    return name if torch.device(device).type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def resident_bytes(peak: bool = False) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from signbit.evaluate.kept import digest
 from signbit.evaluate.requests import Group, Question, Requests, Task
 from signbit.evaluate.scoring import Answer
 
@@ -30,6 +31,8 @@ class TaskResult:
     """None in a group whose tasks differ."""
     version: str
     source: str
+    asked_sha256: str
+    """SHA-256, 16 hexadecimal digits of it, over the texts, right choices and lengths that were asked, in order."""
     tasks: tuple[str, ...] = ()
     """The tasks that a group averages."""
 
@@ -82,9 +85,11 @@ def _task_result(task: Task, questions: Sequence[Question], answers: dict[tuple[
     if task.kind == "choice":
         chance = sum(len(question.gold) / len(question.pairs) for question in questions) / len(questions)
     stderr = {metric: _stderr(found) for metric, found in lists.items() if metric != "perplexity"}
+    asked = digest([[question.pairs, question.gold, question.lengths] for question in questions])[:16]
     return TaskResult(
-        task.name, values, stderr, chance, len(questions), task.documents, task.few_shot, task.version, task.source
-    )
+        task.name, values, stderr, chance, len(questions), task.documents, task.few_shot, task.version, task.source,
+        asked,
+    )  # fmt: skip
 
 
 def _group_result(group: Group, members: Sequence[TaskResult]) -> TaskResult:
@@ -123,5 +128,6 @@ def _group_result(group: Group, members: Sequence[TaskResult]) -> TaskResult:
         shots.pop() if len(shots) == 1 else None,
         "",
         "the mean of all documents" if group.weighted else "the mean of its tasks",
+        digest([m.asked_sha256 for m in members])[:16],
         group.tasks,
     )

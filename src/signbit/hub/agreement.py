@@ -25,6 +25,7 @@ from signbit.data import write_teacher_logits as write
 from signbit.data.corpus import file_digest
 from signbit.errors import DataError, OptionError, WeightError
 from signbit.evaluate.kept import cache_folder, digest
+from signbit.evaluate.machines import forced_kernels
 from signbit.hub.subject import Where
 from signbit.train.objectives import Top, kl_divergence, top_kl_divergence
 from signbit.version import VERSION
@@ -110,7 +111,8 @@ def agreement(
 
     KL over the teacher's `outcomes` likeliest tokens and "any other" (`top_kl_divergence`, of float16 log-probabilities:
     of a model and itself it is some 1e-5). `teacher` loads the model whose hash is `teacher_sha256`, which runs as `where`
-    says; it is not called if answers that it gave so, to this version of signbit, are there, unless `again`.
+    says; it is not called if answers that it gave so, to this version of signbit and by the same kernels where
+    SIGNBIT_CPU or SIGNBIT_CUDA name them, are there, unless `again`.
     Raises DataError if the text is shorter than a block, OptionError for another vocabulary.
     """
     blocks = _blocks(model, file, length)
@@ -145,7 +147,9 @@ def _answers(
     again: bool,
 ) -> Path:  # fmt: skip
     """The file of the teacher's answers, made unless it is there, or `again`."""
-    key = digest([sha256, asdict(where), VERSION, file.tokenizer, file_digest(file.path), length, top])
+    key = digest(
+        [sha256, {**asdict(where), **forced_kernels()}, VERSION, file.tokenizer, file_digest(file.path), length, top]
+    )
     path = cache_folder() / "teachers" / f"{key[:32]}.logits"
     if again:
         path.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from signbit.data import PROTOCOLS, read_set, read_text_file
 from signbit.errors import FormatError, OptionError, SignbitError
 from signbit.evaluate.facts import Facts
 from signbit.evaluate.kept import digest, keep, recall
+from signbit.evaluate.machines import forced_kernels, here, joined, what
 from signbit.evaluate.perplexity import TextOptions
 from signbit.evaluate.size import dense_size, measure_size
 from signbit.evaluate.speed import Speed, SpeedOptions, machine, speed
@@ -25,7 +25,6 @@ from signbit.hub.distill import is_run, load_latent
 from signbit.hub.load import base_of, is_packed, load_any, load_config, load_tokenizer
 from signbit.hub.stream import source_digests
 from signbit.linear import set_activations
-from signbit.ops import cpu, cuda
 from signbit.version import VERSION
 
 
@@ -61,6 +60,7 @@ class Subject:
         self.answered: set[str] = (
             set()
         )  # the texts to which it was asked `again` already, as a teacher of several models
+        self._measured_on: list[dict[str, Any]] = []
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -84,30 +84,44 @@ class Subject:
         """Lets the model go."""
         self.__dict__.pop("model", None)
 
-    def _key(self, what: str, protocol: dict[str, Any]) -> dict[str, Any]:
-        forced = {name: os.environ[name] for name in (cpu.VARIABLE, cuda.VARIABLE) if os.environ.get(name)}
-        return {"what": what, "signbit": VERSION, **asdict(self.where), **forced, **protocol}
+    def _key(self, kind: str, protocol: dict[str, Any]) -> dict[str, Any]:
+        return {"what": kind, "signbit": VERSION, **asdict(self.where), **forced_kernels(), **protocol}
 
-    def keep(self, what: str, protocol: dict[str, Any], found: dict[str, Any]) -> None:
-        """Keeps what was found under a protocol (JSON values)."""
-        keep(self.sha256, self._key(what, protocol), found)
+    def record(self, name: str, machine: dict[str, str]) -> None:
+        """Notes the machine on which the result `name` was found."""
+        self._measured_on.append({"what": [name], **machine})
 
-    def recall(self, what: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
+    @property
+    def measured_on(self) -> tuple[dict[str, Any], ...]:
+        """The machines on which was found what was measured or recalled so far."""
+        return joined(self._measured_on)
+
+    def keep(self, kind: str, protocol: dict[str, Any], found: dict[str, Any]) -> None:
+        """Keeps what was found here under a protocol (JSON values)."""
+        machine = here(self.where.device)
+        keep(self.sha256, self._key(kind, protocol), found, machine)
+        self.record(what(kind, found), machine)
+
+    def recall(self, kind: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
         """What is kept of this model under a protocol (JSON values); None where there is nothing, or with `again`."""
-        kept = None if self.again else recall(self.sha256, self._key(what, protocol))
-        return None if kept is None else dict(kept)
+        kept = None if self.again else recall(self.sha256, self._key(kind, protocol))
+        if kept is None:
+            return None
+        found, machine = kept
+        self.record(what(kind, found), machine)
+        return dict(found)
 
-    def known(self, what: str, protocol: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def known(self, kind: str, protocol: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is kept of this model under a protocol (JSON values), else what `measure` finds, which is then kept."""
-        if (kept := self.recall(what, protocol)) is not None:
+        if (kept := self.recall(kind, protocol)) is not None:
             return kept
         found = measure()
-        self.keep(what, protocol, found)
+        self.keep(kind, protocol, found)
         return found
 
     def facts(self) -> Facts:
-        """Its size, how it was made, and the bits of each packed layer; nothing is loaded for it."""
-        facts = Facts(self.name, self.place, self.sha256)
+        """Its size, how it was made, the bits of each packed layer, and what measured it; nothing is loaded for it."""
+        facts = Facts(self.name, self.place, self.sha256, measured_on=self.measured_on)
         folder = base_of(self.place) or self.place
         if not Path(folder).is_dir():
             return facts
