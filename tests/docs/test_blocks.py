@@ -1,7 +1,10 @@
 """Every code block of the documentation is run, at tiny size, or says why not and when it last was."""
 
+import ast
 import io
+import re
 import shutil
+from itertools import dropwhile
 
 import pytest
 
@@ -41,19 +44,67 @@ def place(made, tmp_path, monkeypatch):
 
 
 def is_run_elsewhere(words):
-    """Whether another part of CI runs a command, by what that part says."""
-    command = " ".join(words)
-    if command not in tiny.ELSEWHERE:
-        return False
-    file, said = tiny.ELSEWHERE[command]
-    assert said in (ROOT / file).read_text(), f"{file} does not run {command!r} any more"
-    return True
+    """Whether another part of CI runs a command; `test_what_is_run_elsewhere_is_run_there` holds it to that."""
+    return " ".join(words) in tiny.ELSEWHERE
 
 
-def test_pages_that_other_tests_run():
-    for page, test in tiny.PAGES_ELSEWHERE.items():
-        name = page.rpartition("/")[2]
-        assert name in (ROOT / test).read_text(encoding="utf-8"), f"{test} does not read {page} any more"
+def verb(words):
+    """What a command does, without the variables before it: "serve" of signbit serve, the module of python -m."""
+    words = list(dropwhile(lambda word: "=" in word, words))
+    return words[{"signbit": 1, "make": 1, "pip": 1, "python": 2}.get(words[0], 0)]
+
+
+def said_by(file):
+    """What a part of CI says: the lines of its commands, or the strings of a test's code; no comment, no docstring."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if not file.endswith(".py"):
+        return [line for line in map(str.strip, text.splitlines()) if not line.startswith("#")]
+    nodes = list(ast.walk(ast.parse(text)))
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings
+    ]
+
+
+def is_run(word, said):
+    """Whether a line of `said_by` has a word of its own: "(serve|push)" is none."""
+    return any(word in line.split() for line in said)
+
+
+@pytest.mark.parametrize("command", tiny.ELSEWHERE)
+def test_what_is_run_elsewhere_is_run_there(command):
+    file, words = tiny.ELSEWHERE[command]
+    commands = [" ".join(words) for block in RUN if block.language in SHELL for words in block.commands()]
+    assert command in commands, f"no page says {command!r} any more; take it out of tiny.ELSEWHERE"
+    said = said_by(file)
+    found = any(words in line for line in said) and is_run(verb(command.split()), said)
+    assert found, f"{file} does not run {command!r} any more"
+
+
+@pytest.mark.parametrize("page", tiny.PAGES_ELSEWHERE)
+def test_pages_that_other_tests_run(page):
+    test = tiny.PAGES_ELSEWHERE[page]
+    said = said_by(test)
+    assert page.rpartition("/")[2] in said, f"{test} does not read {page} any more"
+    commands = [c for block in BLOCKS if block.page == page and block.language in SHELL for c in block.commands()]
+    assert commands, f"{page} has no command any more; take it out of tiny.PAGES_ELSEWHERE"
+    for words in commands:
+        assert is_run(verb(words), said), f"{test} does not run {' '.join(words)!r} any more"
+
+
+def test_what_only_a_comment_or_a_docstring_says_is_not_run(tmp_path):
+    (tmp_path / "test_x.py").write_text(
+        '"""serve"""\n# serve\ndef test():\n    """serve"""\n    main(["server-x", "a"])\n'
+    )
+    (tmp_path / "run").write_text("# make demo\n  # make demo\nmake demo-all\nmake docs\n")
+    assert said_by(str(tmp_path / "test_x.py")) == ["server-x", "a"]
+    said = said_by(str(tmp_path / "run"))
+    assert said == ["make demo-all", "make docs", ""] and is_run("docs", said) and not is_run("demo", said)
+    assert [verb(c.split()) for c in ("A=b signbit serve OUT", "make demo", "python -m x.y Z", "curl -s")] == [
+        "serve", "demo", "x.y", "curl",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("block", of(SHELL))

@@ -136,12 +136,12 @@ SETUP = {"docs/guides/llama-cpp.md": ["signbit", "import", "model.gguf", "-o", "
 #: Pages that another test runs as a whole → that test.
 PAGES_ELSEWHERE = {"docs/guides/server.md": "tests/serve/test_serving.py"}
 
-#: Commands that other parts of CI run → the file that runs them, and by which words of it.
+#: Commands that other parts of CI run → the file that runs them, and by which words of its commands or its code.
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
-    "signbit serve OUT": ("tests/serve/test_serving.py", '"signbit", "serve"'),
+    "signbit serve OUT": ("tests/serve/test_serving.py", "serve"),
     "pip install .": (".ci/run", "pip install"),
-    "pip install .[gguf]": ("Makefile", "gguf"),
+    "pip install .[gguf]": ("Makefile", "-e '.[gguf]'"),
     "pip install signbit[lora]": ("Makefile", "lora"),
     "python -m benchmarks.load MODEL": (".ci/run", "-m benchmarks.load"),
 }
