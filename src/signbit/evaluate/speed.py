@@ -95,6 +95,13 @@ def resident_bytes(peak: bool = False) -> int:
         return most if sys.platform == "darwin" else most * 1024
 
 
+def peak_bytes(device: str) -> int:
+    """The most memory up to now: on a GPU what torch had allocated there, elsewhere the process's resident memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_bytes(peak=True)
+
+
 @torch.inference_mode()
 def _timed(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of reading `ids` [1, T] up to the first new token, and of writing the others."""
@@ -119,8 +126,7 @@ def speed(load: Callable[[], Any], options: SpeedOptions, device: str) -> Speed:
 
     A model with fewer positions than are asked for reads and writes less, which the result says.
     """
-    cuda = torch.device(device).type == "cuda"
-    before = 0 if cuda else resident_bytes()
+    before = 0 if torch.device(device).type == "cuda" else resident_bytes()
     begin = time.perf_counter()
     model = load()
     load_s = time.perf_counter() - begin
@@ -133,7 +139,7 @@ def speed(load: Callable[[], Any], options: SpeedOptions, device: str) -> Speed:
     reading, writing = zip(*(_timed(model, ids, new_tokens) for _ in range(options.repeats)), strict=True)
     return Speed(
         load_s, prompt_tokens / statistics.median(reading), (new_tokens - 1) / statistics.median(writing),
-        torch.cuda.max_memory_allocated(device) if cuda else resident_bytes(peak=True), before, backend(model),
+        peak_bytes(device), before, backend(model),
         prompt_tokens, new_tokens, options.repeats, str(model.dtype).removeprefix("torch."), device,
         get_activations(model), machine(device),
     )  # fmt: skip
