@@ -387,8 +387,10 @@ def test_what_is_kept_says_on_which_machine_it_was_found(llama_dir, text, tmp_pa
     command = f"report {llama_dir} --ppl none --results {out} --skip samples --skip speed -o {tmp_path}/r"
     assert run(capsys, command)[0] == 0
     page = (tmp_path / "r" / "report.md").read_text()
-    assert re.search(r"\| llama \| torch of yesterday.* \| perplexity text\.txt \|", page)
-    assert re.search(r"\| llama \| torch of today.* \| tasks \|", page) and "Made on: torch of tomorrow" in page
+    assert re.search(r"\| llama \| .*torch of yesterday.* \| perplexity text\.txt \|", page)
+    assert re.search(r"\| llama \| .*torch of today.* \| tasks \|", page) and re.search(
+        "Made on: .*torch of tomorrow", page
+    )
 
 
 @pytest.mark.parametrize(
@@ -425,7 +427,10 @@ def test_a_model_of_another_vocabulary_has_no_agreement_and_that_is_said(packed,
     assert one["agreement"] is None and "answers with 70 tokens and the model with 64" in one["unknown"]["agreement"]
     assert "[70, 32] in the other" in one["unknown"]["layers"] and err.count(one["unknown"]["layers"]) == 1
     assert run(capsys, f"compare {packed} --results {out} --ppl none {skip} --json {out}")[0] == 0
-    assert json.loads(out.read_text())["models"][0]["unknown"]["agreement"] == "no teacher was named to compare with"
+    assert (
+        json.loads(out.read_text())["models"][0]["unknown"]["agreement"]
+        == "no teacher was named (report --against MODEL)"
+    )
     skip += " --skip agreement --skip layers"
     assert run(capsys, f"compare {packed} {other} --ppl none {skip} --json {out}")[0] == 0
     assert json.loads(out.read_text())["models"][0]["unknown"] == {

@@ -158,7 +158,7 @@ def _beside(facts: Facts, subject: Subject, teacher: Subject | None, args: Any) 
         if name in args.skip:
             unknown[name] = _LEFT_OUT.format(name)
         elif teacher is None:
-            unknown[name] = "no teacher was named to compare with"
+            unknown[name] = "no teacher was named (report --against MODEL)"
         else:
             try:
                 if name == "agreement":

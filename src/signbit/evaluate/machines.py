@@ -14,6 +14,7 @@ import torch
 
 from signbit.evaluate.doctor import processor, versions
 from signbit.ops import cpu, cuda, explain
+from signbit.version import VERSION
 
 
 def here(device: str = "cpu") -> dict[str, str]:
@@ -21,8 +22,9 @@ def here(device: str = "cpu") -> dict[str, str]:
 
     Raises OptionError if SIGNBIT_CPU or SIGNBIT_CUDA asks for what is not there.
     """
-    made_of = {} if (found := commit()) is None else {"commit": found}
-    return {**versions(), **made_of, "backend": explain(device)[0].backend, "device": device_name(device)}
+    checkout = {} if (found := commit()) is None else {"commit": found}
+    computes = {"backend": explain(device)[0].backend, "device": device_name(device)}
+    return {"signbit": VERSION, **checkout, **versions(), **computes}
 
 
 def device_name(device: str) -> str:
