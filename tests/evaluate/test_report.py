@@ -77,6 +77,9 @@ def test_documents_of_one_number_are_the_same_only_if_their_digests_are():
     models = [replace(facts, name=name) for facts, name in ((mine, "one"), (mine, "two"), (its, "three"), (old, "old"))]
     text = markdown(make_page(models, None, None, [], {}))
     assert "| 100 of 100; three: 100 of 100, other texts |" in text
+    few = [Facts(name, tasks=(asked(result("a", 0.5, documents=50)),)) for name in ("x", "y", "z")]
+    text = markdown(make_page([models[0], models[3], *few], None, None, [], {}))
+    assert "| 50 of 100; one, old: 100 of 100 |" in text
     text = markdown(make_page([models[0], models[3]], None, None, [], {}))
     assert "| 100 of 100 |" in text, "an old result is not said to differ"
 
