@@ -91,6 +91,8 @@ THERE = {"signbit": "1", "torch": "2", "backend": "cuda", "device": "a GPU"}
 def test_the_page_names_the_machines_that_are_not_the_one_that_makes_it(tmp_path):
     path = tmp_path / "r.json"
     away = Facts("away", "/away", "a" * 64, perplexities=(ppl(9.0, "c4, first 2"),), tasks=(asked(result("a", 0.5)),))
+    path.write_text(json.dumps({"models": [away.to_dict()]}))
+    assert read_results(str(path))[0].measured_on == ({"what": ["perplexity c4", "tasks"]},)
     recorded = replace(away, measured_on=({"what": ["tasks"], **THERE},))
     path.write_text(json.dumps({"models": [recorded.to_dict()]}))
     (read,) = read_results(str(path))
