@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from signbit import format as packed_format
 from signbit.errors import FormatError
 from signbit.hub.save import MODULE
-from signbit.interop.form import transformers_config
+from signbit.interop.form import empty_model, transformers_config
 from signbit.linear import VARIABLE, Int8Head, PackedLinear
 
 #: Files that another form has no use for, or gets in its own way.
@@ -52,8 +51,7 @@ class Packed:
     @cached_property
     def skeleton(self) -> Any:
         """The model in full precision on the meta device."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+        return empty_model(self.config, self.folder)
 
     @property
     def files(self) -> dict[str, bytes]:
