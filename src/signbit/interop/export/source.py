@@ -14,6 +14,7 @@ from torch import Tensor
 from signbit import format as packed_format
 from signbit.errors import FormatError
 from signbit.hub.save import MODULE
+from signbit.interop.files import read_json
 from signbit.interop.form import empty_model, transformers_config
 from signbit.linear import VARIABLE, Int8Head, PackedLinear
 
@@ -62,6 +63,12 @@ class Packed:
             for file in files
             if file.suffix != ".safetensors" and file.name not in _OWN_FILES
         }
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json says; nothing where there is none."""
+        path = self.folder / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
 
     @property
     def names(self) -> tuple[str, ...]:
