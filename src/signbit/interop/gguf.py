@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from signbit.errors import FormatError, OptionError
+from signbit.extras import install
 from signbit.interop.checkpoint import Checkpoint, Layer
 from signbit.interop.form import Rest, made_config, require
 from signbit.linear import PackedLinear
@@ -94,7 +95,7 @@ class _File:
         try:
             from gguf import GGUFReader
         except ImportError as error:
-            raise OptionError("GGUF files are read with the package gguf: pip install 'signbit[gguf]'") from error
+            raise OptionError(f"GGUF files are read with the package gguf: {install('gguf')}") from error
         self.path = path
         try:
             reader = GGUFReader(str(path))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from signbit.errors import OptionError
+from signbit.extras import install
 from signbit.serve.generate import context_tokens
 
 
@@ -56,7 +57,7 @@ def check_installed() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            f"the server needs fastapi, uvicorn, openai and transformers ≥ 5.17 ({error}): pip install 'signbit[serve]'"
+            f"the server needs fastapi, uvicorn, openai and transformers ≥ 5.17 ({error}): {install('serve')}"
         ) from error
 
 

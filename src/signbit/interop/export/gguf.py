@@ -14,6 +14,7 @@ from torch import Tensor
 
 from signbit import format as packed_format
 from signbit.errors import ExportError, OptionError
+from signbit.extras import install
 from signbit.hub.load import load_tokenizer
 from signbit.interop.export import blocks as stored
 from signbit.interop.export.architecture import (
@@ -86,7 +87,7 @@ def write(
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise OptionError("GGUF files are written with the package gguf: pip install 'signbit[gguf]'") from error
+        raise OptionError(f"GGUF files are written with the package gguf: {install('gguf')}") from error
     arch = architecture(packed.config)
     tokenizer = load_tokenizer(str(packed.folder))
     words = vocabulary(tokenizer, packed.config.vocab_size)
