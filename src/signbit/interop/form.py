@@ -22,13 +22,13 @@ _COMPUTED = ".rotary_emb.inv_freq"
 _OF_THE_DIRECTORY = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype",
                      "transformers_version")  # fmt: skip
 
-#: Keys of config.json, by any family's name, that are whole numbers from 1 on where they are there.
+#: Keys of config.json, by any family's name, that are at least 1 where they are numbers; transformers checks their kinds.
 _SIZES = (
     "hidden_size", "intermediate_size", "ffn_dim", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
-#: Of these, the ones that null leaves to the others.
-_DERIVED = ("num_key_value_heads", "head_dim")
+#: Rotary scalings that have a factor.
+_SCALED = ("linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def transformers_config(values: Mapping[str, Any], folder: Path) -> Any:
         f"{folder}: config.json has the model_type {kind!r}, which transformers does not know; one that it knows is needed",
     )
     for key in _SIZES:
-        value = kept.get(key, 1)
+        value = kept.get(key)
         require(
-            (type(value) is int and value >= 1) or (value is None and key in _DERIVED),
+            not isinstance(value, (int, float)) or value >= 1,
             f"{folder}: config.json has {key} {value!r}; a whole number from 1 on is expected; copy or download it again",
         )
     return made_config(type(AutoConfig.for_model(kind)), kept, f"{folder}: config.json")
@@ -139,7 +139,7 @@ def _check_rope(config: Any, where: str) -> None:
     """Raises FormatError unless base and factor of the rotary positions are numbers above 0; transformers only warns."""
     rope = getattr(config, "rope_parameters", None) or {}
     for settings in (rope, *(each for each in rope.values() if isinstance(each, dict))):
-        for key in ("rope_theta", "factor"):
+        for key in ("rope_theta", "factor") if settings.get("rope_type") in _SCALED else ("rope_theta",):
             value = settings.get(key, 1.0)
             require(
                 isinstance(value, (int, float)) and 0 < value < math.inf,
