@@ -26,8 +26,9 @@ HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + (m['content'] | trim) + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
 )
-#: The last turn is another than those before it.
+#: Not the same text around each message: numbers, and what is different only in a longer conversation.
 COUNTING = "{% for m in messages %}{{ loop.index ~ ': ' ~ m['content'] ~ '\n' }}{% endfor %}"
+LONGER = "{% for m in messages %}{{ m['role'] ~ ('; ' if loop.index > 3 else ': ') ~ m['content'] ~ '\n' }}{% endfor %}"
 TEMPLATES = {"chatml": CHATML, "inst": INST, "headers": HEADERS}
 
 TALKS = [
@@ -147,9 +148,10 @@ def test_a_context_that_is_smaller_than_ollamas(tmp_path):
     assert "TEMPLATE" not in modelfile
 
 
-def test_a_template_that_is_more_than_texts_around_messages(tmp_path):
+@pytest.mark.parametrize("template", [COUNTING, LONGER])
+def test_a_template_that_is_more_than_texts_around_messages(template, tmp_path):
     notes = []
-    modelfile, readme, _ = exported(tmp_path, COUNTING, notes)
+    modelfile, readme, _ = exported(tmp_path, template, notes)
     assert "TEMPLATE" not in modelfile
     assert "write a TEMPLATE into the Modelfile" in readme
     assert any("the Modelfile has no TEMPLATE" in line for line in notes)
