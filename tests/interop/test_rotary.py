@@ -145,15 +145,12 @@ def test_a_qwen2_whose_heads_are_narrower_is_refused(tmp_path):
         export(packed, tmp_path / "out", ExportRequest("gguf"))
 
 
-@pytest.mark.parametrize("factor", [None, -4.0, "x"])
-def test_a_factor_that_is_none_is_refused_when_it_is_written(factor, tmp_path):
+def test_a_factor_that_is_none_is_refused_when_it_is_written(tmp_path):
     packed = qwen(Qwen3ForCausalLM, tmp_path)
     values = json.loads((packed / "config.json").read_text())
-    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 32}
     (packed / "config.json").write_text(json.dumps({**values, "rope_parameters": rope}))
-    with pytest.raises(
-        FormatError, match=rf"config\.json has rotary positions of the factor {factor!r}; a number above 0"
-    ):
+    with pytest.raises(FormatError, match=r"config\.json has rotary positions of the factor None; a number above 0"):
         export(packed, tmp_path / "out", ExportRequest("gguf"))
 
 
