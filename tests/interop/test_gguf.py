@@ -10,7 +10,7 @@ import torch
 import transformers
 import xllamacpp
 from gguf import GGMLQuantizationType as Type
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 import signbit
 from signbit.cli import main
@@ -76,8 +76,13 @@ def write(
     base = tiny_llama_config(**{"tie_word_embeddings": False, **config, **changes})
     model_class = make.config_class
     if model_class is not type(base):
-        base = model_class(**{**base.to_dict(), "head_dim": 32, "model_type": "qwen3"})
+        base = model_class(**{**base.to_dict(), "head_dim": 32, "model_type": model_class.model_type})
     model = make(base).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)  # transformers starts them at 0, where losing one would not be seen
+        elif name.endswith("norm.weight"):  # and these at 1, where numbers lie halfway between two of 8 bits
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     arch = base.model_type
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(base.max_position_embeddings)
@@ -104,12 +109,12 @@ def write(
         for name, parameter in model.named_parameters():
             if name == "lm_head.weight" and tied:
                 continue
-            stem = name.removeprefix("model.").removesuffix(".weight")
+            stem, _, last = name.removeprefix("model.").rpartition(".")
             block = None
             if stem.startswith("layers."):
                 _, block, stem = stem.split(".", 2)
             values = np.ascontiguousarray(parameter.numpy())
-            packed = stem.endswith(originals.LINEARS) or (everywhere and values.ndim == 2)
+            packed = values.ndim == 2 and (everywhere or stem.endswith(originals.LINEARS))
             if packed:
                 raw, back = quantized_by_ggml(ggml, values, kind)
             elif values.ndim == 2:
@@ -123,7 +128,7 @@ def write(
                 raw = flipped(raw, kind, flip)
             raw_type = kind if packed else Type.Q8_0 if values.ndim == 2 else None
             writer.add_tensor(
-                f"blk.{block}.{NAMES[stem]}.weight" if block else f"{NAMES[stem]}.weight", raw, raw_dtype=raw_type
+                f"blk.{block}.{NAMES[stem]}.{last}" if block else f"{NAMES[stem]}.{last}", raw, raw_dtype=raw_type
             )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -153,6 +158,8 @@ def text(tokenizer, tmp_path):
     return str(tmp_path / "tokenizer")
 
 
+#: transformers makes a Qwen2's tokenizer a byte-level one, whatever it was.
+LETTERS = ["<unk>", "<s>", "</s>", "w", "3", "5", "\u0120", "a", "b", "ab", *(f"x{i}" for i in range(54))]
 FILES = {
     "llama Q1_0": (Type.Q1_0, {}),
     "llama Q1_0, tied": (Type.Q1_0, {"tie_word_embeddings": True, "width": 128}),
@@ -162,6 +169,12 @@ FILES = {
         {"make": Qwen3ForCausalLM, "width": 128, "everywhere": True, "tie_word_embeddings": True},
     ),
     "llama Q1_0 everywhere": (Type.Q1_0, {"everywhere": True}),
+    "llama Q1_0, biases": (Type.Q1_0, {"attention_bias": True, "mlp_bias": True}),
+    "qwen2 Q1_0": (Type.Q1_0, {"make": Qwen2ForCausalLM, "width": 128, "tokens": LETTERS}),
+    "qwen2 TQ2_0, tied": (
+        Type.TQ2_0,
+        {"make": Qwen2ForCausalLM, "num_attention_heads": 8, "tokens": LETTERS, "tie_word_embeddings": True},
+    ),
     "llama TQ2_0": (Type.TQ2_0, {}),
     "qwen3 TQ2_0": (Type.TQ2_0, {"make": Qwen3ForCausalLM, "num_attention_heads": 8}),
 }
@@ -172,7 +185,8 @@ def test_logits_are_those_of_ggmls_values_and_it_generates(file, ggml, tmp_path,
     kind, how = FILES[file]
     model = write(tmp_path / "any name", ggml, kind, **how)
     out = str(tmp_path / "out")
-    assert main(["import", str(tmp_path / "any name"), "-o", out, "--tokenizer", text]) == 0
+    own = "tokens" in how
+    assert main(["import", str(tmp_path / "any name"), "-o", out, *([] if own else ["--tokenizer", text])]) == 0
     assert difference(model, out, ids) < ROUNDING
     loaded = signbit.load(out)
     for name, linear in originals.linears(model):
@@ -268,7 +282,7 @@ def test_what_is_no_1_bit_file_is_refused(ggml, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(FormatError, match="architecture 'mamba'; llama and qwen3"):
+    with pytest.raises(FormatError, match="architecture 'mamba'; llama, qwen2, qwen3"):
         convert(str(tmp_path / "other"), tmp_path / "out")
 
 

@@ -74,6 +74,8 @@ def test_options(values, message):
 def test_prompts_that_cannot_be(model, tokenizer):
     with pytest.raises(OptionError, match="the prompt is empty"):
         generate(model, tokenizer, "")
+    with pytest.raises(OptionError, match="the prompt has no token of the model's tokenizer"):
+        generate(model, tokenizer, "  ")
     with pytest.raises(OptionError, match="the prompt has 128 tokens, the model's context 128"):
         generate(model, tokenizer, " ".join(["w3"] * 128))
     template, tokenizer.chat_template = tokenizer.chat_template, None

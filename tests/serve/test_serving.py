@@ -15,6 +15,7 @@ import pytest
 
 from signbit.cli import main
 from signbit.errors import OptionError
+from signbit.extras import install
 
 openai = pytest.importorskip("openai", reason="the extra serve is not installed")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
@@ -178,7 +179,7 @@ def test_a_port_that_is_taken(packed_dir, capsys):
 def test_without_the_extra(packed_dir, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", packed_dir]) == 1
-    assert "pip install 'signbit[serve]'" in capsys.readouterr().err
+    assert install("serve") in capsys.readouterr().err
 
 
 def test_a_slow_tokenizer_is_refused(packed_dir):

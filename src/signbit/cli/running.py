@@ -97,7 +97,7 @@ def serve(argv: Sequence[str]) -> None:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         model, tokenizer = _load_to_run(args)
-        name = args.listen.name or Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+        name = args.listen.name or (Path(args.model).resolve().name if Path(args.model).is_dir() else args.model)
         line = f"{server.url(bound)}  model {name}  {_multiplies(model, args.run)}"
         server.serve(model, tokenizer, name, args.listen, bound, lambda: print(line, flush=True))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, cast
 
 from signbit.errors import DataError
+from signbit.extras import install
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _ask_hub(wanted: TextSet, function: Literal["load_dataset", "load_dataset_bu
         import datasets
     except ImportError:
         raise DataError(
-            f"{wanted.name} from the hub needs the package datasets (pip install 'signbit[eval]'); or {_instead(wanted)}"
+            f"{wanted.name} from the hub needs the package datasets ({install('eval')}); or {_instead(wanted)}"
         ) from None
     name, configuration, split, _ = wanted.hub
     options["revision"] = wanted.hub_revision

@@ -16,6 +16,7 @@ from typing import Any
 from signbit.data.sources import json_lines, reading
 from signbit.errors import DataError, OptionError
 from signbit.evaluate.requests import METRICS, SUITES, Group, Question, Requests, Task, chosen
+from signbit.extras import install
 
 #: Folders of the harness that hold the tasks most asked for; to look through all 15 000 files takes half a minute.
 _FOLDERS = (
@@ -160,7 +161,7 @@ def harness_requests(
     """
     if find_spec("lm_eval") is None:
         raise DataError(
-            "tasks come from lm-eval, which is not installed here (pip install 'signbit[eval]'); or export the requests "
+            f"tasks come from lm-eval, which is not installed here ({install('eval')}); or export the requests "
             "where it is (--export-requests FILE) and score them here (--requests FILE)"
         )
     if few_shot is not None and few_shot < 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from signbit.errors import OptionError
+from signbit.extras import install
 from signbit.models import Decision, Report
 
 
@@ -15,7 +16,7 @@ def check_plot(path: str | Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise OptionError("--plot needs the package matplotlib (pip install 'signbit[plot]')") from None
+        raise OptionError(f"--plot needs the package matplotlib ({install('plot')})") from None
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise OptionError(f"--plot {path}: the name ends in .png, .svg or .pdf")
     if not Path(path).absolute().parent.is_dir():

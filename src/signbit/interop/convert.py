@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from signbit import format as packed_format
 from signbit.errors import FormatError, OptionError
@@ -20,6 +20,7 @@ from signbit.hub.load import DTYPES, load_tokenizer
 from signbit.hub.quantizer import attach_, describe
 from signbit.hub.save import save
 from signbit.interop.checkpoint import Checkpoint, Layer
+from signbit.interop.form import empty_model
 from signbit.interop.recognise import open_checkpoint
 from signbit.linear import PackedLinear
 from signbit.methods.base import store
@@ -57,8 +58,7 @@ def convert(
     checkpoint = open_checkpoint(source, masks)
     for line in checkpoint.notes:
         note(line)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=torch.float32)
+    model = empty_model(checkpoint.config, source)
     structure = find_structure(model)
     _check_complete(checkpoint, [target.name for target in structure.targets])
     decisions, zeros = [], 0

@@ -23,7 +23,7 @@ _WEIGHTS = (("model.safetensors.index.json", "*.safetensors"), ("pytorch_model.b
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises FormatError if there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise FormatError(
             f"{path.parent} has no {path.name}: it is no Hugging Face directory; give one, or a GGUF file"
@@ -33,6 +33,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FormatError(f"{path} holds no JSON object; copy or download it again")
     return values
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def load_pickle(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from signbit.errors import FormatError, ShapeError
 from signbit.interop.checkpoint import Checkpoint, Layer
@@ -20,6 +21,14 @@ _COMPUTED = ".rotary_emb.inv_freq"
 #: Keys of config.json that say how the old directory was loaded, and not what the model is.
 _OF_THE_DIRECTORY = ("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype",
                      "transformers_version")  # fmt: skip
+
+#: Keys of config.json, by any family's name, that are at least 1 where they are numbers; transformers checks their kinds.
+_SIZES = (
+    "hidden_size", "intermediate_size", "ffn_dim", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+#: Rotary scalings that have a factor.
+_SCALED = ("linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -97,20 +106,61 @@ class Rest(Mapping[str, Tensor]):
 
 
 def transformers_config(values: Mapping[str, Any], folder: Path) -> Any:
-    """transformers' configuration of `values`; raises FormatError for a model type that it does not know."""
+    """transformers' configuration of `values`; raises FormatError for what it is none of, with the key where one is wrong."""
     kept = {key: value for key, value in values.items() if key not in _OF_THE_DIRECTORY}
     kind = kept.pop("model_type", None)
     require(
         isinstance(kind, str) and kind in CONFIG_MAPPING,
         f"{folder}: config.json has the model_type {kind!r}, which transformers does not know; one that it knows is needed",
     )
+    for key in _SIZES:
+        value = kept.get(key)
+        require(
+            not isinstance(value, (int, float)) or value >= 1,
+            f"{folder}: config.json has {key} {value!r}; a whole number from 1 on is expected; copy or download it again",
+        )
+    return made_config(type(AutoConfig.for_model(kind)), kept, f"{folder}: config.json")
+
+
+def made_config(config_class: Any, values: dict[str, Any], where: str) -> Any:
+    """A configuration of transformers; raises FormatError, with `where` and the reason, for values that it does not take."""
     try:
-        return type(AutoConfig.for_model(kind)).from_dict(kept)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        config = config_class.from_dict(values)
+    except Exception as error:  # transformers and huggingface_hub each raise their own
         raise FormatError(
-            f"{folder}: transformers makes no model of config.json (model_type {kind!r}: "
-            f"{str(error).strip().splitlines()[0][:200]}); copy or download it again"
+            f"{where}: transformers makes no {config_class.model_type} model of this ({_in_one_line(error)}); copy or download "
+            "it again"
         ) from error
+    _check_rope(config, where)
+    return config
+
+
+def _check_rope(config: Any, where: str) -> None:
+    """Raises FormatError unless base and factor of the rotary positions are numbers above 0; transformers only warns."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for settings in (rope, *(each for each in rope.values() if isinstance(each, dict))):
+        for key in ("rope_theta", "factor") if settings.get("rope_type") in _SCALED else ("rope_theta",):
+            value = settings.get(key, 1.0)
+            require(
+                isinstance(value, (int, float)) and 0 < value < math.inf,
+                f"{where} has rotary positions of the {key} {value!r}; a number above 0 is expected; copy or download it again",
+            )
+
+
+def empty_model(config: Any, where: str | Path) -> Any:
+    """The model of `config` in float32 on the meta device; raises FormatError, with `where`, if there is none such."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # transformers and torch each raise their own
+        raise FormatError(
+            f"{where}: transformers makes no model of what the configuration says ({_in_one_line(error)}); copy or download "
+            "it again"
+        ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def one_dtype(*tensors: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""GGUF files of the LLaMA and Qwen3 families whose matrices are Q1_0 or TQ2_0."""
+"""GGUF files of the LLaMA, Qwen2 and Qwen3 families whose matrices are Q1_0 or TQ2_0."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from signbit.errors import FormatError, OptionError
+from signbit.extras import install
 from signbit.interop.checkpoint import Checkpoint, Layer
-from signbit.interop.form import Rest, require
+from signbit.interop.form import Rest, made_config, require
 from signbit.linear import PackedLinear
 from signbit.weight import BinaryWeight
 
 MAGIC = b"GGUF"
 _Q1_BLOCK, _TQ2_BLOCK = 128, 256
-_CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 #: Of rope.scaling: what is read or does nothing, and what llama.cpp takes where another key is missing.
 _SCALING_READ = ("type", "factor", "original_context_length", "finetuned")
 _SCALING = {
@@ -94,7 +95,7 @@ class _File:
         try:
             from gguf import GGUFReader
         except ImportError as error:
-            raise OptionError("GGUF files are read with the package gguf: pip install 'signbit[gguf]'") from error
+            raise OptionError(f"GGUF files are read with the package gguf: {install('gguf')}") from error
         self.path = path
         try:
             reader = GGUFReader(str(path))
@@ -104,7 +105,7 @@ class _File:
         self.kind = self.metadata.get("general.architecture")
         require(
             self.kind in _CONFIGS,
-            f"{path} is of the architecture {self.kind!r}; {' and '.join(_CONFIGS)} are read",
+            f"{path} is of the architecture {self.kind!r}; {', '.join(_CONFIGS)} are read",
         )
         self.tensors: dict[str, Any] = {}
         for tensor in reader.tensors:
@@ -127,50 +128,79 @@ class _File:
         )
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """Of the metadata a whole number from 1 on; raises FormatError for another, or if it is missing without a default."""
+        value = self.value(key, default)
+        require(
+            type(value) is int and value >= 1,
+            f"{self.path}: {self.kind}.{key} is {value!r}; a whole number from 1 on is expected",
+        )
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Of the metadata a number; raises FormatError for another, or if it is missing without a default."""
+        value = self.value(key, default)
+        require(isinstance(value, (int, float)), f"{self.path}: {self.kind}.{key} is {value!r}; a number is expected")
+        return float(value)
+
     def config(self) -> Any:
         """transformers' configuration: sizes, rotary positions and special tokens, out of the metadata."""
         embedding = self.tensors.get("model.embed_tokens.weight")
         if embedding is None:
             raise FormatError(f"{self.path}: the tensor token_embd.weight is missing; copy or download it again")
-        heads, hidden = int(self.value("attention.head_count")), int(self.value("embedding_length"))
-        head = int(self.value("attention.key_length", hidden // heads))
-        turned = int(self.value("rope.dimension_count", head))
+        heads, hidden = self.size("attention.head_count"), self.size("embedding_length")
+        head = self.size("attention.key_length", hidden // heads)
+        turned = self.size("rope.dimension_count", head)
         require(
             turned == head, f"{self.path}: rotary positions turn {turned} of {head} numbers of a head; all are expected"
         )
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(self.value("rope.freq_base", 10000.0))}
-        scaling = self.value("rope.scaling.type", "none")
-        require(
-            scaling in ("none", "linear", "yarn"), f"{self.path}: rope.scaling.type is {scaling!r}; none, linear, yarn"
-        )
-        self._check_scaling(str(scaling))
-        if scaling != "none":
-            rope |= {"rope_type": scaling, "factor": float(self.value("rope.scaling.factor"))}
-        if scaling == "yarn":
-            rope["original_max_position_embeddings"] = int(self.value("rope.scaling.original_context_length"))
         tokens = {
             f"{name}_token_id": int(self.metadata[key])
             for name, key in (("bos", _token("bos")), ("eos", _token("eos")), ("pad", _token("padding")))
             if key in self.metadata
         }
-        biases = {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors}
+        biases = {}
+        if self.kind != "qwen2":  # whose q, k and v always have one
+            biases["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
         if self.kind == "llama":
             biases["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in self.tensors
-        return _CONFIGS[str(self.kind)](
-            hidden_size=hidden,
-            intermediate_size=int(self.value("feed_forward_length")),
-            num_hidden_layers=int(self.value("block_count")),
-            num_attention_heads=heads,
-            num_key_value_heads=int(self.value("attention.head_count_kv", heads)),
-            head_dim=head,
-            max_position_embeddings=int(self.value("context_length")),
-            rms_norm_eps=float(self.value("attention.layer_norm_rms_epsilon")),
-            vocab_size=int(embedding.shape[1]),
-            tie_word_embeddings="lm_head.weight" not in self.tensors,
-            rope_parameters=rope,
-            **biases,
-            **tokens,
+        blocks = self.size("block_count")
+        require(
+            blocks <= len(self.tensors), f"{self.path}: {self.kind}.block_count is {blocks}, more than it has tensors"
         )
+        values = {
+            "hidden_size": hidden,
+            "intermediate_size": self.size("feed_forward_length"),
+            "num_hidden_layers": blocks,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.size("attention.head_count_kv", heads),
+            "head_dim": head,
+            "max_position_embeddings": self.size("context_length"),
+            "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
+            "vocab_size": int(embedding.shape[1]),
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "rope_parameters": self._rope(),
+        }
+        return made_config(_CONFIGS[str(self.kind)], values | biases | tokens, str(self.path))
+
+    def _rope(self) -> dict[str, Any]:
+        """transformers' rotary positions, with llama.cpp's defaults.
+
+        Without a type the scaling is linear, without a factor (also under its old name) or with 0 there is none, and YaRN's
+        original context is the model's own. Source: llama.cpp, load_hparams in src/llama-model.cpp.
+        """
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.number("rope.freq_base", 10000.0)}
+        kind = self.value("rope.scaling.type", "linear")
+        require(kind in ("none", "linear", "yarn"), f"{self.path}: rope.scaling.type is {kind!r}; none, linear, yarn")
+        self._check_scaling(str(kind))
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0)) or 1.0
+        if kind == "none" or factor == 1:
+            return rope
+        rope |= {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            original = self.size("rope.scaling.original_context_length", self.size("context_length"))
+            rope["original_max_position_embeddings"] = original
+        return rope
 
     def _check_scaling(self, kind: str) -> None:
         """Raises FormatError for rotary scaling's other settings, unless they say what llama.cpp does without them."""
@@ -189,7 +219,7 @@ class _File:
         rows = torch.from_numpy(np.array(tensor.data))
         for projection, key in ((".self_attn.q_proj.", "head_count"), (".self_attn.k_proj.", "head_count_kv")):
             if self.kind == "llama" and projection in name:
-                rows = rotary_halves(rows, int(self.value(f"attention.{key}", self.value("attention.head_count"))))
+                rows = rotary_halves(rows, self.size(f"attention.{key}", self.size("attention.head_count")))
         return tensor.tensor_type.name, rows
 
     def dense(self, name: str) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from signbit.errors import FormatError
 from signbit.interop.checkpoint import Checkpoint, Layer
 from signbit.interop.files import load_pickle
-from signbit.interop.form import Rest, require, transformers_config
+from signbit.interop.form import Rest, empty_model, require, transformers_config
 from signbit.linear import PackedLinear
 from signbit.models import find_structure
 from signbit.weight import BinaryWeight, Salient
@@ -138,8 +137,7 @@ def open_dense(
             f"signbit quantize {folder} -o OUT"
         )
     config = transformers_config(values, folder)
-    with torch.device("meta"):
-        targets = [t.name for t in find_structure(AutoModelForCausalLM.from_config(config)).targets]
+    targets = [t.name for t in find_structure(empty_model(config, folder)).targets]
     layers, taken = {}, set()
     for name, file in _mask_files(Path(masks), targets).items():
         own = {part: f"{name}.{part}" for part in ("weight", "bias") if f"{name}.{part}" in tensors}

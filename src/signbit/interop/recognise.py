@@ -8,6 +8,7 @@ from signbit.errors import FormatError, OptionError
 from signbit.interop import bitnet_transformers, fbi, gguf, onebit, pbllm, ternary
 from signbit.interop.checkpoint import Checkpoint
 from signbit.interop.files import read_json, read_tensors
+from signbit.interop.form import require
 
 #: The directories that name their layers' tensors in their own way, in the order in which they are looked for: OneBit's
 #: layers have a weight_scale too.
@@ -32,8 +33,16 @@ def open_checkpoint(source: str | Path, masks: str | Path | None = None) -> Chec
     if not path.is_dir():
         raise FormatError(f"there is no {path}; give a local directory or GGUF file (hf download REPO --local-dir DIR)")
     values, tensors = read_json(path / "config.json"), read_tensors(path)
-    quantization = values.get("quantization_config")
-    kind = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    quantization = values.get("quantization_config") or {}
+    require(
+        isinstance(quantization, dict), f"{path / 'config.json'} has quantization_config {quantization!r}, no object"
+    )
+    kind, blocks = quantization.get("quant_method"), values.get("num_hidden_layers")
+    require(
+        not isinstance(blocks, int) or blocks <= len(tensors),
+        f"{path / 'config.json'} has num_hidden_layers {blocks}, and there are {len(tensors)} tensors; "
+        "copy or download it again",
+    )
     if kind not in (None, "bitnet"):
         what = "packed by signbit already" if kind == "signbit" else f"quantized by {kind}, which signbit does not read"
         raise FormatError(f"{path} is {what}")

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from signbit.errors import FormatError, OptionError
+from signbit.extras import install
 from signbit.linear import PackedLinear
 
 try:
     from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
     from peft.tuners.lora.layer import Linear
 except ImportError as error:
-    raise OptionError(f"adapters need PEFT ({error}): pip install 'signbit[lora]'") from error
+    raise OptionError(f"adapters need PEFT ({error}): {install('lora')}") from error
 
 #: What PEFT keeps an adapter's numbers in.
 TENSORS = "adapter_model.safetensors"

@@ -27,6 +27,7 @@ from signbit.serve.requests import Asked, ChatRequest, Refused, TextRequest, rea
 
 #: What is answered; transformers' app has more: loading and unloading of models, audio, its own Responses API.
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+_MAX_NEW_TOKENS = 1024
 #: How transformers begins the event of an error, whose text it does not escape.
 _ERROR = 'data: {"error": "'
 
@@ -125,13 +126,17 @@ def build_app(
     model: Any,
     tokenizer: Any,
     answers: Answers,
-    max_new_tokens: int = 1024,
+    max_new_tokens: int | None = None,
     api_key: str | None = None,
 ) -> FastAPI:
-    """The app that serves `model` under `name`; answers have `max_new_tokens` where a request does not say."""
+    """The app that serves `model` under `name`.
+
+    Answers have `max_new_tokens` where a request does not say; default: what the model's generation config says, else 1024.
+    """
     manager, state = OneModel(name, model, tokenizer), OneThread(answers)
     chat, text = Chat(manager, state), Text(manager, state)
-    chat.max_new_tokens = text.max_new_tokens = max_new_tokens
+    most = max_new_tokens or model.generation_config.max_new_tokens or _MAX_NEW_TOKENS
+    chat.max_new_tokens = text.max_new_tokens = most
     # Which handlers there are differs by transformers' version; those of PATHS are given.
     others = {n: None for n in inspect.signature(build_server).parameters if n.endswith("_handler")}
     handlers = {**others, "chat_handler": chat, "completion_handler": text}

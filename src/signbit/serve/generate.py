@@ -127,6 +127,8 @@ def generate(
         except TemplateError as error:
             raise OptionError(f"the model's chat template refuses these messages: {error}") from error
     ids = encoded["input_ids"].to(model.device)
+    if not ids.numel():
+        raise OptionError("the prompt has no token of the model's tokenizer; give another text")
     limit = context_tokens(model)
     if limit is not None and ids.shape[1] + 1 > limit:
         raise OptionError(f"the prompt has {ids.shape[1]} tokens, the model's context {limit}; shorten the prompt")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from signbit.errors import OptionError
+from signbit.extras import install
 from signbit.serve.generate import context_tokens
 
 
@@ -24,8 +25,8 @@ class ServerOptions:
     """Port to listen on; 0 takes a free one."""
     name: str | None = None
     """Name of the model in requests; default: that of its directory."""
-    max_new_tokens: int = 1024
-    """At most so many tokens are written where a request does not say."""
+    max_new_tokens: int | None = None
+    """At most so many tokens are written where a request does not say; default: the model's generation config's, else 1024."""
     max_context: int | None = None
     """Most tokens of a prompt and its answer together; default: the model's context."""
     api_key: str | None = None
@@ -34,7 +35,7 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise OptionError(f"--port is {self.port}; 0 (any free one) to 65535")
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise OptionError(f"--max-new-tokens is {self.max_new_tokens}; at least 1")
         if self.max_context is not None and self.max_context < 2:
             raise OptionError(f"--max-context is {self.max_context}; at least 2")
@@ -56,7 +57,7 @@ def check_installed() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            f"the server needs fastapi, uvicorn, openai and transformers ≥ 5.17 ({error}): pip install 'signbit[serve]'"
+            f"the server needs fastapi, uvicorn, openai and transformers ≥ 5.17 ({error}): {install('serve')}"
         ) from error
 
 

@@ -37,10 +37,13 @@ def architecture(config: Any) -> str:
         )
     rope = config.rope_parameters
     kind, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    heads = config.num_attention_heads * head_dim(config)
     for holds, what in (
         (config.hidden_act == "silu", f"the activation {config.hidden_act}, not silu"),
         (kind in ("default", "linear", "yarn", "llama3"), f"rotary positions of the type {kind}; default, linear, yarn, "
          "llama3 are written"),
+        (name != "qwen2" or heads == config.hidden_size, f"attention heads of {heads} numbers in all beside hidden_size "
+         f"{config.hidden_size}"),
         (part == 1.0, f"rotary positions that turn {part} of a head"),
         (kind != "yarn" or _is_plain_yarn(config), f"rotary positions of the type yarn with {_of_its_own(rope)}"),
     ):  # fmt: skip

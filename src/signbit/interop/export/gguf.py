@@ -14,6 +14,7 @@ from torch import Tensor
 
 from signbit import format as packed_format
 from signbit.errors import ExportError, OptionError
+from signbit.extras import install
 from signbit.hub.load import load_tokenizer
 from signbit.interop.export import blocks as stored
 from signbit.interop.export.architecture import (
@@ -27,6 +28,7 @@ from signbit.interop.export.architecture import (
 from signbit.interop.export.dense import no_matrix
 from signbit.interop.export.folding import Folded, folded
 from signbit.interop.export.notes import Written, modelfile, readme
+from signbit.interop.export.ollama import turns
 from signbit.interop.export.request import ExportRequest, Progress
 from signbit.interop.export.source import Packed
 from signbit.interop.export.vocabulary import Vocabulary, vocabulary
@@ -85,9 +87,10 @@ def write(
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise OptionError("GGUF files are written with the package gguf: pip install 'signbit[gguf]'") from error
+        raise OptionError(f"GGUF files are written with the package gguf: {install('gguf')}") from error
     arch = architecture(packed.config)
-    words = vocabulary(load_tokenizer(str(packed.folder)), packed.config.vocab_size)
+    tokenizer = load_tokenizer(str(packed.folder))
+    words = vocabulary(tokenizer, packed.config.vocab_size)
     plan = _planned(packed, request, progress)
     if plan.unfit and not request.approximate:
         raise ExportError(_refusal(plan, len(packed.names)))
@@ -98,16 +101,29 @@ def write(
     whole = 8 * sum(t.nbytes for t in (*plan.tensors, *plan.adapter)) / parameters
     stem = f"{packed.folder.resolve().name}-{main}-{bits:.3f}bpw"
     files = Written(
-        f"{stem}.gguf", f"{stem}-shifts-lora.gguf" if plan.adapter else None, main, bits, whole, words, arch
-    )
+        f"{stem}.gguf", f"{stem}-shifts-lora.gguf" if plan.adapter else None, main, bits, whole, arch,
+        packed.config.max_position_embeddings, bool(words.chat_template), turns(tokenizer, words.add_bos),
+        _stops(packed, words),
+    )  # fmt: skip
+    if files.chats and files.turns is None:
+        note(
+            "Ollama runs no Jinja, and the chat template is more than texts around messages: the Modelfile has no TEMPLATE"
+        )
     need = sum(t.nbytes for t in (*plan.tensors, *plan.adapter)) + (1 << 20)
     with packed_format.staged(out, need, overwrite) as staging:
         _write_model(staging / files.model, packed, plan, main, files, words, progress)
         if files.adapter is not None:
             _write_adapter(staging / files.adapter, arch, plan)
-        (staging / "Modelfile").write_text(modelfile(files, packed.config.max_position_embeddings))
+        (staging / "Modelfile").write_text(modelfile(files))
         (staging / "README.md").write_text(readme(files, packed.description.settings, plan.unfit))
     return out
+
+
+def _stops(packed: Packed, words: Vocabulary) -> tuple[str, ...]:
+    """What ends an answer: the tokenizer's eos, and those that generation_config.json or config.json names."""
+    named = packed.generation.get("eos_token_id", packed.values.get("eos_token_id"))
+    ids = [words.special.get("eos"), *(named if isinstance(named, list) else [named])]
+    return tuple(dict.fromkeys(words.tokens[i] for i in ids if isinstance(i, int) and 0 <= i < len(words.tokens)))
 
 
 def _planned(packed: Packed, request: ExportRequest, progress: Progress) -> _Plan:

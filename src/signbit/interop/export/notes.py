@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from signbit.interop.export.vocabulary import Vocabulary
+from signbit.interop.export.ollama import Turns
+
+_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,36 @@ class Written:
     """Bits per weight of the packed layers, from bytes, their shifts included."""
     whole: float
     """Bits per parameter of all tensors."""
-    words: Vocabulary
     architecture: str
+    context: int
+    """Tokens that the model was made for."""
+    chats: bool
+    """Whether it has a chat template."""
+    turns: Turns | None
+    """What that puts around messages, where it is no more."""
+    stops: tuple[str, ...]
+    """Tokens that end an answer."""
+
+    @property
+    def num_ctx(self) -> int:
+        """Tokens for which Ollama makes room, unless it is told otherwise."""
+        return min(self.context, _CONTEXT)
 
 
-def modelfile(files: Written, context: int) -> str:
-    """For `ollama create NAME -f Modelfile`; Ollama finds the chat template in the GGUF file."""
+def modelfile(files: Written) -> str:
+    """For `ollama create NAME -f Modelfile`."""
     lines = [f"FROM ./{files.model}"]
     if files.adapter is not None:
         lines.append(f"ADAPTER ./{files.adapter}")
-    lines.append(f"PARAMETER num_ctx {min(context, 4096)}")
-    if "eos" in files.words.special:
-        lines.append(f'PARAMETER stop "{files.words.tokens[files.words.special["eos"]]}"')
+    if files.turns is not None:
+        lines.append(f'TEMPLATE """{files.turns.go()}"""')
+    lines.append(f"PARAMETER num_ctx {files.num_ctx}")
+    lines += [f"PARAMETER stop {_quoted(token)}" for token in files.stops]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
 
 
 def readme(files: Written, settings: Mapping[str, Any], unfit: Mapping[str, str]) -> str:
@@ -57,6 +76,14 @@ def readme(files: Written, settings: Mapping[str, Any], unfit: Mapping[str, str]
         "runtime must be as new. " + ("It loads no adapter: the shifts, and with them the model, need llama.cpp or Ollama."
                              if files.adapter is not None else ""),
     ]  # fmt: skip
+    if files.chats:
+        lines += ["", _template_note(files)]
+    if files.num_ctx < files.context:
+        lines += [
+            "",
+            f"The model's context has {files.context} tokens. The Modelfile asks for {files.num_ctx}; num_ctx there, and -c of "
+            "llama.cpp, take more, and memory with it.",
+        ]
     if files.adapter is not None:
         lines += [
             "",
@@ -69,3 +96,14 @@ def readme(files: Written, settings: Mapping[str, Any], unfit: Mapping[str, str]
             f"{len(unfit)} layers are dense: no 1-bit type of GGUF holds them exactly ({name}: {reason}).",
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _template_note(files: Written) -> str:
+    in_file = "The chat template is in the GGUF file: LM Studio, and llama.cpp with --jinja, run it."
+    if files.turns is None:
+        return (
+            f"{in_file} Ollama does not, and this one is more than texts around messages: write a TEMPLATE into the Modelfile "
+            "before you chat there."
+        )
+    no_system = "" if files.turns.system is not None else ", without system messages, which it refuses"
+    return f"{in_file} Ollama does not; TEMPLATE in the Modelfile is the same in its language{no_system}."

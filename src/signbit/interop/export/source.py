@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from signbit import format as packed_format
 from signbit.errors import FormatError
 from signbit.hub.save import MODULE
-from signbit.interop.form import transformers_config
+from signbit.interop.files import read_json
+from signbit.interop.form import empty_model, transformers_config
 from signbit.linear import VARIABLE, Int8Head, PackedLinear
 
 #: Files that another form has no use for, or gets in its own way.
@@ -52,8 +52,7 @@ class Packed:
     @cached_property
     def skeleton(self) -> Any:
         """The model in full precision on the meta device."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
+        return empty_model(self.config, self.folder)
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -64,6 +63,12 @@ class Packed:
             for file in files
             if file.suffix != ".safetensors" and file.name not in _OWN_FILES
         }
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What generation_config.json says; nothing where there is none."""
+        path = self.folder / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
 
     @property
     def names(self) -> tuple[str, ...]:
