@@ -76,12 +76,9 @@ def test_documents_of_one_number_are_the_same_only_if_their_digests_are():
     assert share_kept(mine, old) is not None and share_kept(old, its) is not None, "their number is all that is known"
     models = [replace(facts, name=name) for facts, name in ((mine, "one"), (mine, "two"), (its, "three"), (old, "old"))]
     text = markdown(make_page(models, None, None, [], {}))
-    assert "| 100 of 100; three: 100 of 100, other texts |" in text
-    few = [Facts(name, tasks=(asked(result("a", 0.5, documents=50)),)) for name in ("x", "y", "z")]
-    text = markdown(make_page([models[0], models[3], *few], None, None, [], {}))
-    assert "| 50 of 100; one, old: 100 of 100 |" in text
-    text = markdown(make_page([models[0], models[3]], None, None, [], {}))
-    assert "| 100 of 100 |" in text, "an old result is not said to differ"
+    assert "| documents | one | two | old |" in text and "| documents | three |" in text, (
+        "an old one stands by its number"
+    )
 
 
 HERE = {"signbit": "1", "torch": "2", "device": "a CPU"}
@@ -138,7 +135,26 @@ def test_the_page_gives_the_reason_that_held():
 def test_tasks_that_were_not_asked_alike_are_left_out(run):
     assert share_kept(Facts("m", tasks=(run,)), TEACHER) is None
     share = share_kept(Facts("m", tasks=(run, asked(result("b", 0.4)))), TEACHER)
-    assert (share.tasks, share.left_out) == (("b",), ("a",))
+    assert share.tasks == ("b",)
+
+
+def test_of_several_ways_of_asking_the_common_one_is_set_beside_the_others_and_the_longest_is_told():
+    def few(*scores):
+        return asked(*(result(name, score, documents=50) for name, score in zip("ab", scores, strict=True)))
+
+    teacher, model = (
+        replace(facts, tasks=(run, *facts.tasks)) for facts, run in ((TEACHER, few(0.8, 0.8)), (MODEL, few(0.6, 0.4)))
+    )
+    others = [Facts(name, size=size(5), perplexities=(ppl(9.0),), tasks=(few(0.6, 0.6),)) for name in ("x", "y")]
+    models = [model, *others, teacher]
+    assert share_kept(model, teacher).model == pytest.approx(0.525), "over most documents"
+    assert [row[6] for row in summary(models, teacher).rows] == ["50.0%", "60.0%", "60.0%", "80.0%"]
+    assert [score for *_, score in quality(models, teacher)[1].points] == pytest.approx([50, 60, 60, 80])
+    text = markdown(make_page(models, teacher, None, [], {}))
+    rows = re.findall(r"^\| (one bit|x|y) \| acc \| (\S+) \| (\S+) \|.*\| (\S+) \|$", text, re.MULTILINE)
+    few_rows = [("one bit", "50.0%", "80.0%", "100"), ("x", "60.0%", "80.0%", "100"), ("y", "60.0%", "80.0%", "100")]
+    assert rows == [*few_rows, ("one bit", "52.5%", "70.0%", "200")]
+    assert "| documents | one bit | x | y | teacher |" in text and "| documents | one bit | teacher |" in text
 
 
 def test_means_over_other_tasks_are_not_set_beside_each_other():
@@ -158,7 +174,7 @@ def test_means_over_other_tasks_are_not_set_beside_each_other():
 def test_documents_are_told_apart_where_they_differ(tmp_path):
     few = Facts("few", tasks=(asked(result("a", 0.7, documents=50)),))
     text = markdown(make_page([MODEL, few, TEACHER], TEACHER, tmp_path, [], {}))
-    assert "| 100 of 100; few: 50 of 100 |" in text and "| 100 of 100 |" in text
+    assert "| documents | few |" in text and "| 50 of 100 |" in text and "| 100 of 100 |" in text
 
 
 def test_many_points_are_numbered(tmp_path):
@@ -175,12 +191,9 @@ def test_many_points_are_numbered(tmp_path):
     assert [text.get_text() for text in few.texts] == ["model 1", "model 2", "model 3", "model 4"]
 
 
-def test_of_two_runs_of_a_task_that_with_more_documents_counts():
-    facts = Facts(
-        "m",
-        tasks=(asked(result("a", 0.1, documents=50)), asked(result("a", 0.9)), asked(result("a", 0.2, documents=5))),
-    )
-    assert [found["values"]["acc"] for _, found in facts.results()] == [0.9]
+def test_a_task_that_was_asked_twice_alike_is_one_result():
+    runs = (asked(result("a", 0.1, documents=50)), asked(result("a", 0.9)), asked(result("a", 0.9)))
+    assert [found["values"]["acc"] for _, found in Facts("m", tasks=runs).results()] == [0.1, 0.9]
 
 
 def test_the_pareto_front():

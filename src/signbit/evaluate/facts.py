@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from signbit.errors import DataError
 from signbit.evaluate.machines import joined, what
 
+#: A run of tasks and the result of one of them.
+Asked = tuple[dict[str, Any], dict[str, Any]]
 #: Fields of `Facts` that hold lists, which are joined when two records of one model meet.
 _LISTS = ("perplexities", "tasks", "samples", "layers", "measured_on")
 #: Fields of which a model has one, though both records may have it.
@@ -89,15 +91,14 @@ class Facts:
         }  # fmt: skip
         return [name for name, known in names.items() if known]
 
-    def results(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Each task or group with the run that it is of; where two runs have one, that with more documents."""
-        best: dict[tuple[str, Any], tuple[dict[str, Any], dict[str, Any]]] = {}
+    def results(self) -> list[Asked]:
+        """Each task or group, once for each way in which it was asked."""
+        found: list[Asked] = []
         for run in self.tasks:
             for result in run["results"]:
-                key = result["name"], result["few_shot"]
-                if key not in best or best[key][1]["documents"] < result["documents"]:
-                    best[key] = run, result
-        return list(best.values())
+                if not any(asked_alike((run, result), other) for other in found):
+                    found.append((run, result))
+        return found
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class Share:
     """Mean score over the tasks, each counting alike."""
     teacher: float
     chance: float
-    left_out: tuple[str, ...] = field(default=())
-    """Tasks of both that were not asked alike (other documents, examples, harness or beginning of the prompt)."""
+    documents: int
+    """Of all tasks together."""
 
     @property
     def kept(self) -> float:
@@ -125,45 +126,69 @@ class Share:
         return (self.model - self.chance) / (self.teacher - self.chance) if self.teacher > self.chance else None
 
 
-def _asked_alike(run: dict[str, Any], result: dict[str, Any], its_run: dict[str, Any], its: dict[str, Any]) -> bool:
-    """Whether a task was asked alike in two runs: harness, beginning of the prompt, examples, and the same documents.
+def asked_alike(a: Asked, b: Asked) -> bool:
+    """Whether both are one task, asked with one harness, beginning of the prompt and examples, over the same documents.
 
     Documents are the same if their digests are; a result of an older signbit has none, and their number decides.
     """
 
     def how(run: dict[str, Any], result: dict[str, Any]) -> tuple[Any, ...]:
-        return run["harness"], run["protocol"]["bos"], result["few_shot"], result["documents"]
+        return result["name"], run["harness"], run["protocol"]["bos"], result["few_shot"], result["documents"]
 
-    digests = {result.get("asked_sha256"), its.get("asked_sha256")} - {None}
-    return how(run, result) == how(its_run, its) and len(digests) < 2
+    digests = {a[1].get("asked_sha256"), b[1].get("asked_sha256")} - {None}
+    return how(*a) == how(*b) and len(digests) < 2
 
 
-def share_kept(model: Facts, teacher: Facts, metric: str = "acc") -> Share | None:
+def _by_task(facts: Facts) -> dict[str, list[Asked]]:
+    """The tasks with choices, in each way in which they were asked."""
+    found: dict[str, list[Asked]] = {}
+    for run, result in facts.results():
+        if not result["tasks"] and result["chance"] is not None:
+            found.setdefault(result["name"], []).append((run, result))
+    return found
+
+
+def commonly_asked(models: Sequence[Facts], teacher: Facts) -> dict[str, Asked]:
+    """Of each task of `teacher` the way in which most models were asked it; of equals that over most documents."""
+
+    def rank(asked: Asked) -> tuple[int, int]:
+        alike = sum(any(asked_alike(asked, its) for its in facts.results()) for facts in models)
+        return alike, asked[1]["documents"]
+
+    return {name: max(ways, key=rank) for name, ways in _by_task(teacher).items()}
+
+
+def share_kept(model: Facts, teacher: Facts, metric: str = "acc", only: dict[str, Asked] | None = None) -> Share | None:
     """What `model` keeps of the score of `teacher` over the tasks with choices that both were asked alike, or None.
 
-    Source: OneBit (arXiv 2402.11295) states its models so, by the mean over six tasks.
+    Where they were asked a task alike in several ways, as in `only`, or without it over most documents. Source: OneBit
+    (arXiv 2402.11295) states its models so, by the mean over six tasks.
     """
-
-    def by_task(facts: Facts) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-        return {
-            result["name"]: (run, result)
-            for run, result in facts.results()
-            if not result["tasks"] and result["chance"] is not None
-        }
-
-    mine, its = by_task(model), by_task(teacher)
-    both = [name for name in its if name in mine]
-    alike = [name for name in both if _asked_alike(*mine[name], *its[name])]
-    if not alike:
+    mine, its = _by_task(model), _by_task(teacher)
+    pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for name in [name for name in its if name in mine]:
+        alike = [
+            (ours[1], theirs[1])
+            for ours in mine[name]
+            for theirs in its[name]
+            if asked_alike(ours, theirs) and (only is None or (name in only and asked_alike(theirs, only[name])))
+        ]
+        if alike:
+            pairs[name] = max(alike, key=lambda pair: int(pair[0]["documents"]))
+    if not pairs:
         return None
 
-    def mean(found: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> float:
-        values = [found[name][1]["values"] for name in alike]
-        return float(sum(value.get(metric, value["acc"]) for value in values)) / len(values)
+    def mean(values: Iterable[dict[str, Any]]) -> float:
+        return float(sum(value.get(metric, value["acc"]) for value in values)) / len(pairs)
 
-    chance = sum(its[name][1]["chance"] for name in alike) / len(alike)
-    left_out = tuple(name for name in both if name not in alike)
-    return Share(metric, tuple(alike), mean(mine), mean(its), chance, left_out)
+    return Share(
+        metric,
+        tuple(pairs),
+        mean(ours["values"] for ours, _ in pairs.values()),
+        mean(theirs["values"] for _, theirs in pairs.values()),
+        sum(theirs["chance"] for _, theirs in pairs.values()) / len(pairs),
+        sum(ours["documents"] for ours, _ in pairs.values()),
+    )
 
 
 def read_results(path: str, name: str | None = None) -> list[Facts]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from signbit.errors import OptionError
-from signbit.evaluate.facts import Facts, Share, share_kept
+from signbit.evaluate.facts import Asked, Facts, Share, asked_alike, commonly_asked, share_kept
 from signbit.evaluate.machines import described, of_machine
 from signbit.evaluate.page import Code, Fold, Page, Part, Picture, Quote, Section, Table
 from signbit.evaluate.plot import Quality, plot_layers, plot_quality
@@ -36,11 +36,11 @@ def megabytes(count: float | None) -> str:
 
 def summary(models: Sequence[Facts], teacher: Facts | None) -> Table:
     """A line a model: size, what is saved, perplexity, what is kept of the teacher, speed."""
-    protocol = _common_protocol(models)
+    protocol, shares = _common_protocol(models), _common_shares(models, teacher)
     rows = []
     for facts in models:
         size, speed, near = facts.size or {}, facts.speed or {}, facts.agreement or {}
-        share = None if teacher is None else _of_all_tasks(facts, teacher)
+        share = shares.get(facts.name)
         found = next((p["perplexity"] for p in facts.perplexities if p["protocol"] == protocol), None)
         rows.append(
             (
@@ -58,10 +58,21 @@ def summary(models: Sequence[Facts], teacher: Facts | None) -> Table:
     return Table(columns, rows)
 
 
-def _of_all_tasks(facts: Facts, teacher: Facts, metric: str = "acc") -> Share | None:
+def _of_all_tasks(
+    facts: Facts, teacher: Facts, metric: str = "acc", only: dict[str, Asked] | None = None
+) -> Share | None:
     """What is kept over all tasks of `teacher`; None where some were not asked alike: such means do not compare."""
-    share, whole = share_kept(facts, teacher, metric), share_kept(teacher, teacher, metric)
+    share, whole = share_kept(facts, teacher, metric, only), share_kept(teacher, teacher, metric, only)
     return share if share is not None and whole is not None and share.tasks == whole.tasks else None
+
+
+def _common_shares(models: Sequence[Facts], teacher: Facts | None, metric: str = "acc") -> dict[str, Share]:
+    """What each model keeps over all tasks of `teacher`, as most models were asked them, so that the means compare."""
+    if teacher is None:
+        return {}
+    asked = commonly_asked(models, teacher)
+    found = ((facts.name, _of_all_tasks(facts, teacher, metric, asked)) for facts in models)
+    return {name: share for name, share in found if share is not None}
 
 
 def _common_protocol(models: Sequence[Facts]) -> str | None:
@@ -139,11 +150,17 @@ def _tasks(models: Sequence[Facts], teacher: Facts | None) -> Section:
     asked = [facts for facts in models if facts.tasks]
     if not asked:
         return Section("Tasks", ["No task was asked (--tasks, --requests, or --results with them)."])
-    by_task: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
+    askings: list[tuple[list[Asked], dict[str, dict[str, Any]]]] = []
     asked_so: dict[str, list[str]] = {}
     for facts in asked:
         for run, result in facts.results():
-            by_task.setdefault((result["name"], result["few_shot"]), {})[facts.name] = result
+            for alike, found in askings:
+                if facts.name not in found and all(asked_alike((run, result), other) for other in alike):
+                    break
+            else:
+                askings.append(((alike := []), (found := {})))
+            alike.append((run, result))
+            found[facts.name] = result
             protocol = run["protocol"]
             line = (
                 f"{run['harness']}; {protocol['bos']}; {protocol['dtype']}, {protocol['activations']} activations, "
@@ -151,59 +168,50 @@ def _tasks(models: Sequence[Facts], teacher: Facts | None) -> Section:
             )
             names = asked_so.setdefault(line, [])
             names += [] if facts.name in names else [facts.name]
-    rows = [
-        (name, metric, percent(first["chance"]), "" if shots is None else str(shots), _documents(found), *scores)
-        for (name, shots), found in by_task.items()
-        for first in [next(iter(found.values()))]
-        for metric in ("acc", "acc_norm")
-        for scores in [[score(found[facts.name], metric) if facts.name in found else MISSING for facts in asked]]
-        if any(cell != MISSING for cell in scores)
-    ]
-    columns = ("task", "metric", "chance", "shots", "documents", *(facts.name for facts in asked))
+    by_models: dict[tuple[str, ...], list[dict[str, dict[str, Any]]]] = {}
+    for _, found in askings:
+        by_models.setdefault(tuple(found), []).append(found)
+    parts: list[Part] = [_scores(names, rows) for names, rows in by_models.items()]
     lacking = [facts.name for facts in models if not facts.tasks]
     how = [f"{', '.join(names)}: {line}." for line, names in asked_so.items()]
     how += [f"Not asked: {', '.join(lacking)}."] if lacking else []
-    parts: list[Part] = [Table(columns, rows, " ".join(how))]
-    return Section("Tasks", [*_kept(models, teacher), *parts])
+    return Section("Tasks", [*_kept(models, teacher), *parts, " ".join(how)])
 
 
-def _documents(found: dict[str, dict[str, Any]]) -> str:
-    """How many documents were asked, of how many: of most models, then of those that were asked others.
-
-    Results without a digest of their documents stand with those of their number.
-    """
-    counts: dict[str, dict[str | None, list[str]]] = {}
-    for name, result in found.items():
-        alike = counts.setdefault(f"{result['documents']} of {result['of']}", {})
-        alike.setdefault(result.get("asked_sha256"), []).append(name)
-    groups: list[tuple[str, list[str]]] = []
-    for count, by_digest in counts.items():
-        unknown = by_digest.pop(None, [])
-        same, *others = sorted(by_digest.values(), key=len, reverse=True) or [[]]
-        groups += [(count, [*same, *unknown]), *((f"{count}, other texts", names) for names in others)]
-    (most, _), *rest = sorted(groups, key=lambda group: -len(group[1]))
-    return "; ".join([most, *(f"{', '.join(names)}: {count}" for count, names in rest)])
+def _scores(names: Sequence[str], askings: Sequence[dict[str, dict[str, Any]]]) -> Table:
+    """What the models `names` scored in what all of them were asked alike, a result a model in each of `askings`."""
+    rows: list[tuple[str, ...]] = []
+    for found in askings:
+        first = found[names[0]]
+        shots, documents = first["few_shot"], f"{first['documents']} of {first['of']}"
+        for metric in ("acc", "acc_norm"):
+            scores = [score(found[name], metric) for name in names]
+            if any(cell != MISSING for cell in scores):
+                chance = percent(first["chance"])
+                rows.append((first["name"], metric, chance, "" if shots is None else str(shots), documents, *scores))
+    return Table(("task", "metric", "chance", "shots", "documents", *names), rows)
 
 
 def _kept(models: Sequence[Facts], teacher: Facts | None) -> list[Part]:
     """The share of the teacher's mean score that each model keeps, and how it is computed."""
     if teacher is None:
         return ["There is no teacher, of whose score a share could be kept (--against MODEL)."]
-    rows, partly = [], []
-    for facts in models:
-        if facts is teacher:
-            continue
-        if _of_all_tasks(facts, teacher) is None and facts.tasks:
-            partly.append(facts.name)
-        for metric in ("acc", "acc_norm"):
-            share = _of_all_tasks(facts, teacher, metric)
-            if share is not None:
+    asked = commonly_asked(models, teacher)
+    rows = []
+    for only in (asked, None):
+        for facts in models:
+            for metric in ("acc", "acc_norm") if facts is not teacher else ():
+                share = _of_all_tasks(facts, teacher, metric, only)
+                if share is None or (only is None and share == _of_all_tasks(facts, teacher, metric, asked)):
+                    continue
                 rows.append(
                     (
                         facts.name, metric, percent(share.model), percent(share.teacher), percent(share.chance),
-                        percent(share.kept), percent(share.kept_above_chance), str(len(share.tasks)),
+                        percent(share.kept), percent(share.kept_above_chance), str(len(share.tasks)), f"{share.documents:,}",
                     )
                 )  # fmt: skip
+    shared = {row[0] for row in rows}
+    partly = [facts.name for facts in models if facts.tasks and facts is not teacher and facts.name not in shared]
     lacking = ""
     if partly:
         lacking = (
@@ -214,12 +222,13 @@ def _kept(models: Sequence[Facts], teacher: Facts | None) -> list[Part]:
         return [f"No other model was asked all tasks of {teacher.name} alike, so that no share is known.{lacking}"]
     note = (
         f"Mean over all tasks with choices that {teacher.name} was asked, and the model alike, each counting once (in the mean "
-        "of acc_norm a task without it stands with its acc). Kept: mean / teacher's mean. Above chance: (mean − chance) / "
+        "of acc_norm a task without it stands with its acc): first as most models were asked them, then over more documents "
+        "where a model was asked more. Kept: mean / teacher's mean. Above chance: (mean − chance) / "
         "(teacher's mean − chance), which guessing leaves at 0. OneBit (arXiv 2402.11295) aims at over 90 % of the space "
         "saved and at least 80 % of the score kept."
     )
     note += lacking
-    columns = ("model", "metric", "mean", "teacher", "chance", "kept", "kept above chance", "tasks")
+    columns = ("model", "metric", "mean", "teacher", "chance", "kept", "kept above chance", "tasks", "documents")
     return [Table(columns, rows, note)]
 
 
@@ -296,9 +305,8 @@ def quality(models: Sequence[Facts], teacher: Facts | None) -> list[Quality]:
     ]
     panels = [Quality(f"perplexity, {protocol}", tuple(perplexities), -1, True)] if perplexities else []
     if teacher is not None:
-        scores = [
-            (f.name, size, 100 * share.model) for f, size in sized if (share := _of_all_tasks(f, teacher)) is not None
-        ]
+        shares = _common_shares(models, teacher)
+        scores = [(f.name, size, 100 * share.model) for f, size in sized if (share := shares.get(f.name)) is not None]
         panels += [Quality("mean acc of the tasks, %", tuple(scores), 1)] if scores else []
     return panels
 
