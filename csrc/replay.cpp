@@ -1,5 +1,5 @@
 // Replays the cases that `python -m tests.laws.record FILE` wrote, on every instruction set that this processor has:
-//   signbit_replay FILE [threads [first]]      first: ends at the first case that is wrong
+//   signbit_replay FILE [threads [ISA]]      ISA: on this set alone, to the first case that is wrong
 // Built where the kernels are to run under sanitizers or an emulator, where there is no Python. Exit status 1 and one
 // line a wrong case; every operand lies in memory of exactly its own size, so that a read beyond it is seen.
 #include <cinttypes>
@@ -58,11 +58,11 @@ struct Blob {
 int main(int argc, char **argv) {
   std::FILE *file = argc > 1 ? std::fopen(argv[1], "rb") : nullptr;
   if (file == nullptr) {
-    std::fprintf(stderr, "usage: %s FILE [threads [first]]: no such file of cases\n", argv[0]);
+    std::fprintf(stderr, "usage: %s FILE [threads [ISA]]: no such file of cases\n", argv[0]);
     return 2;
   }
   const int threads = argc > 2 ? std::atoi(argv[2]) : 2;
-  const bool first = argc > 3;
+  const char *only = argc > 3 ? argv[3] : nullptr;
   Reader in{file};
   char magic[8];
   in.read(magic, 8);
@@ -72,7 +72,7 @@ int main(int argc, char **argv) {
   }
   const int64_t cases = in.number();
   int wrong = 0, run = 0;
-  for (int64_t c = 0; c < cases && !(first && wrong > 0); c++) {
+  for (int64_t c = 0; c < cases && !(only && wrong > 0); c++) {
     const Blob name(in);
     const bool int8 = in.number() != 0;
     const int64_t tokens = in.number();
@@ -94,7 +94,7 @@ int main(int argc, char **argv) {
     const signbit_int8_matrix head{w.rows, w.columns, w.float_type, codes.as<int8_t>(), scale.as<void>()};
     const size_t count = static_cast<size_t>(tokens * w.rows), width = call.x_type == SIGNBIT_FLOAT32 ? 4 : 2;
     for (int isa = 0; isa < signbit_isa_count(); isa++) {
-      if (!signbit_isa_runs(isa)) continue;
+      if (!signbit_isa_runs(isa) || (only && std::strcmp(only, signbit_isa_name(isa)) != 0)) continue;
       call.isa = isa;
       const std::unique_ptr<char[]> y(new char[count * width]);
       std::memset(y.get(), 0xff, count * width); // NaN in all three types

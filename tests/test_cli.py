@@ -273,12 +273,15 @@ def test_the_installed_command_and_the_module(llama_dir, tmp_path):
             assert done.stdout.startswith("signbit ")
 
 
-def test_chat_reads_from_a_pipe(llama_dir):
-    done = subprocess.run(
-        [sys.executable, "-m", "signbit", "chat", llama_dir, "--max-new-tokens", "2"],
-        input="w3\n/exit\n", capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "/clear starts a new conversation" in done.stdout
+def test_chat_reads_from_a_pipe(llama_dir, capsys, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"w3\n/exit\n")
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        code, out, err = run(capsys, f"chat {llama_dir} --max-new-tokens 2")
+    assert code == 0, err
+    assert "/clear starts a new conversation" in out
 
 
 def damage(llama_dir, change):

@@ -37,7 +37,10 @@ exec {compiler} "$@"
 
 def built(out, path):
     """The wheel that pip builds from this tree where PATH is `path`, and what was said."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")}
+    left_out = {"CC", "CXX", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS"}
+    if str(path) != os.environ["PATH"]:
+        left_out.add("CMAKE_CXX_COMPILER_LAUNCHER")  # ccache, which would not be found
+    environment = {k: v for k, v in os.environ.items() if k not in left_out}
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, ROOT]
     done = subprocess.run(command, env={**environment, "PATH": str(path)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

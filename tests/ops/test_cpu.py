@@ -11,7 +11,7 @@ from tests.laws import cases, laws
 
 from signbit import bits
 from signbit.errors import OptionError, ShapeError
-from signbit.ops import BACKENDS, cpu, int8_linear, layout, native, prepared_linear, reference
+from signbit.ops import BACKENDS, cpu, explain, int8_linear, layout, native, prepared_linear, reference
 
 needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
 KERNELS = [name for name, backend in BACKENDS.items() if backend.device == "cpu"]
@@ -151,27 +151,35 @@ def test_several_tokens_of_many_rows(isa, kind, n, k, groups):
             laws.law_int8(BACKENDS[isa], w, dtype, tokens=tokens)
 
 
+@pytest.fixture
+def chosen_anew(monkeypatch):
+    """The instruction set is chosen and checked by this test, and again by what asks next."""
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    cpu.selected.cache_clear()
+    yield
+    cpu.selected.cache_clear()
+
+
 @needs_kernels
 @pytest.mark.parametrize(
-    ("before", "around"),
+    ("default", "around"),
     [
-        ("", "torch.autocast('cpu', torch.bfloat16)"),
-        ("", "torch.device('meta')"),
-        pytest.param("", "torch.inference_mode()", marks=pytest.mark.slow),
-        ("torch.set_default_dtype(torch.float64)", "torch.no_grad()"),
-        pytest.param("torch.set_default_dtype(torch.bfloat16)", "torch.no_grad()", marks=pytest.mark.slow),
-        pytest.param("torch.set_default_dtype(torch.float16)", "torch.no_grad()", marks=pytest.mark.slow),
+        (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
+        (torch.float32, lambda: torch.device("meta")),
+        (torch.float32, torch.inference_mode),
+        (torch.float64, torch.no_grad),
+        (torch.bfloat16, torch.no_grad),
+        (torch.float16, torch.no_grad),
     ],
 )
-def test_the_check_at_load_does_not_depend_on_its_caller(before, around):
-    code = f"""
-import torch
-from signbit.ops import cpu
-{before}
-with torch.no_grad(), {around}:
-    print(cpu.selected()[1])
-"""
-    assert "checked against the reference at load" in in_process(code).stdout
+def test_the_check_at_load_does_not_depend_on_its_caller(default, around, chosen_anew):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.no_grad(), around():
+            assert "checked against the reference at load" in cpu.selected()[1]
+    finally:
+        torch.set_default_dtype(before)
 
 
 @needs_kernels
@@ -301,24 +309,24 @@ assert torch.equal(multiply(x, "exact"), want)
 
 
 @needs_kernels
-def test_the_variable_names_the_instruction_set():
-    code = "from signbit.ops import explain; c = explain()[0]; print(c.backend, c.reason)"
-    for isa in KERNELS:
-        assert in_process(code, SIGNBIT_CPU=isa).stdout.startswith(f"{isa} SIGNBIT_CPU asks for it; checked")
-    assert in_process(code, SIGNBIT_CPU="reference").stdout.startswith("reference ")
-    wrong = in_process(code, SIGNBIT_CPU="sse9").stderr
-    assert "SIGNBIT_CPU is 'sse9'; this processor runs" in wrong and KERNELS[-1] in wrong
+def test_the_variable_names_the_instruction_set(chosen_anew, monkeypatch):
+    for isa in (*KERNELS, "reference"):
+        monkeypatch.setenv("SIGNBIT_CPU", isa)
+        cpu.selected.cache_clear()
+        choice = explain()[0]
+        said = "asks for it; checked" if isa in KERNELS else "=reference asks for plain torch"
+        assert choice.backend == isa and said in choice.reason
+    monkeypatch.setenv("SIGNBIT_CPU", "sse9")
+    cpu.selected.cache_clear()
+    with pytest.raises(OptionError, match=rf"SIGNBIT_CPU is 'sse9'; this processor runs .*{KERNELS[-1]}"):
+        explain()
 
 
 @needs_kernels
-def test_a_kernel_that_fails_its_check_is_not_chosen(monkeypatch):
+def test_a_kernel_that_fails_its_check_is_not_chosen(chosen_anew, monkeypatch):
     monkeypatch.setenv(cpu.VARIABLE, KERNELS[0])
     monkeypatch.setattr(reference, "binary_linear", lambda x, w, mode: torch.ones(3, 40))
-    cpu.selected.cache_clear()
-    try:
-        name, reason = cpu.selected()
-    finally:
-        cpu.selected.cache_clear()
+    name, reason = cpu.selected()
     assert name is None and "failed their check at load" in reason
 
 
@@ -335,15 +343,11 @@ def test_the_check_at_load_sees_every_way(groups, tokens, monkeypatch):
     assert f", int8, {tokens} tokens: off by " in cpu.check(KERNELS[0])
 
 
-def test_without_kernels_a_name_is_refused(monkeypatch):
+def test_without_kernels_a_name_is_refused(chosen_anew, monkeypatch):
     monkeypatch.setattr(native, "library", lambda: "built without a compiler")
     monkeypatch.setenv(cpu.VARIABLE, "avx2")
-    cpu.selected.cache_clear()
-    try:
-        with pytest.raises(OptionError, match="built without a compiler"):
-            cpu.selected()
-    finally:
-        cpu.selected.cache_clear()
+    with pytest.raises(OptionError, match="built without a compiler"):
+        cpu.selected()
 
 
 @needs_kernels
