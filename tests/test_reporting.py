@@ -334,6 +334,28 @@ def test_compare_has_models_that_are_elsewhere(packed, llama_dir, tmp_path, caps
     assert "one" in header and "llama" in header and "bits/weight" in said
 
 
+def test_what_a_file_of_results_has_is_not_measured_again(packed, llama_dir, text, tmp_path, capsys, monkeypatch):
+    asked = f"compare A={packed} B={llama_dir} --ppl none --skip speed --held-out {text} --block 32 --sample-tokens 3 --json {tmp_path}"
+    assert run(capsys, f"{asked}/there.json")[0] == 0
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "another machine"))
+    for place in (
+        "signbit.hub.agreement.agreement",
+        "signbit.evaluate.difference.differences",
+        "signbit.serve.generate",
+    ):
+        monkeypatch.setattr(place, lambda *_, place=place, **__: pytest.fail(f"{place} was called"))
+    monkeypatch.setattr(import_module("signbit.evaluate.machines"), "versions", lambda: {"torch": "of another machine"})
+    code, _, error = run(capsys, f"{asked}/here.json --results {tmp_path}/there.json")
+    assert code == 0, error
+    there, found = (json.loads((tmp_path / name).read_text())["models"] for name in ("there.json", "here.json"))
+    names = ("agreement", "samples", "layers", "measured_on")
+    assert [[model[name] for name in names] for model in found] == [[model[name] for name in names] for model in there]
+    assert there[0]["agreement"] and there[0]["layers"][0]["error"] and len(there[0]["samples"]) == 3
+    named = f"{asked.replace('B=', 'C=')}/other.json --results {tmp_path}/there.json"
+    with pytest.raises(pytest.fail.Exception, match=r"agreement\.agreement was called"):
+        run(capsys, named)
+
+
 def test_eval_keeps_its_perplexity_for_reports(llama_dir, text, tmp_path, capsys, monkeypatch):
     assert run(capsys, f"eval {llama_dir} --ppl {text} --window 64 --max-windows 2")[0] == 0
     loads = []

@@ -184,8 +184,10 @@ def test_many_points_are_numbered(tmp_path):
     points = tuple((f"model {i}", 10.0 * i, 50.0 - i) for i in range(1, 6))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
-        plot_quality([Quality("acc", points, 1), Quality("acc", points[:4], 1)], tmp_path / "q.png")
-    many, few = drawn[0].axes
+        near = (*points, ("model 6", 50.1, 45.05))
+        plot_quality([Quality("acc", p, 1) for p in (points, points[:4], near)], tmp_path / "q.png")
+    many, few, on_each_other = drawn[0].axes
+    assert [text.get_text() for text in on_each_other.texts] == ["1", "2", "3", "4", "5, 6"]
     assert [text.get_text() for text in many.texts] == ["1", "2", "3", "4", "5"]
     assert [text.get_text() for text in many.get_legend().get_texts()][1:] == [f"{i}  model {i}" for i in range(1, 6)]
     assert [text.get_text() for text in few.texts] == ["model 1", "model 2", "model 3", "model 4"]

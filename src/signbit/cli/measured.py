@@ -104,9 +104,9 @@ def _measure(
     if requests is not None:
         facts = replace(facts, tasks=(_tasks(subject, requests, args),))
     if subject is not teacher:
-        facts = _beside(facts, subject, teacher, args)
+        facts = _beside(facts, subject, there, teacher, args)
     if "samples" not in args.skip:
-        facts = replace(facts, samples=_samples(subject, args))
+        facts = replace(facts, samples=_samples(subject, there, args))
     return facts
 
 
@@ -151,10 +151,20 @@ def _tasks(subject: Subject, requests: Any, args: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "model"}
 
 
-def _beside(facts: Facts, subject: Subject, teacher: Subject | None, args: Any) -> Facts:
-    """Agreement with the teacher and errors of layers, or why they are not known: another vocabulary or shape has none."""
+def _beside(facts: Facts, subject: Subject, there: Facts | None, teacher: Subject | None, args: Any) -> Facts:
+    """Agreement with the teacher and errors of layers, or why they are not known: another vocabulary or shape has none.
+
+    A file of results that has the agreement with this teacher (`there`) has errors of layers beside it too.
+    """
     unknown = dict(facts.unknown)
+    known = (
+        []
+        if there is None or teacher is None or (there.agreement or {}).get("teacher") != teacher.name
+        else there.found()
+    )
     for name in ("agreement", "layers") if facts.layers else ("agreement",):
+        if name in known:
+            continue
         if name in args.skip:
             unknown[name] = _LEFT_OUT.format(name)
         elif teacher is None:
@@ -211,17 +221,21 @@ def _layers(facts: Facts, subject: Subject, teacher: Subject) -> tuple[dict[str,
     return tuple({**layer, **errors.get(layer["name"], {})} for layer in facts.layers)
 
 
-def _samples(subject: Subject, args: Any) -> tuple[dict[str, Any], ...]:
+def _samples(subject: Subject, there: Facts | None, args: Any) -> tuple[dict[str, Any], ...]:
+    """What the model writes behind each prompt that a file of results has no text to."""
     from signbit.serve import GenerateOptions, generate
 
     options = GenerateOptions(max_new_tokens=args.sample_tokens, repetition_penalty=1.1)
     found = []
+    written = set() if there is None else {(sample["prompt"], sample["how"]) for sample in there.samples}
+    how = f"greedy, repetition penalty 1.1, {args.sample_tokens} tokens"
     for prompt in args.prompt or PROMPTS:
+        if (prompt, how) in written:
+            continue
 
         def measure(prompt: str = prompt) -> dict[str, Any]:
             return {"text": generate(subject.model, subject.tokenizer, prompt, options).text}
 
         text = subject.known("sample", {"prompt": prompt, **asdict(options)}, measure)["text"]
-        how = f"greedy, repetition penalty 1.1, {args.sample_tokens} tokens"
         found.append({"prompt": prompt, "text": text, "how": how})
     return tuple(found)

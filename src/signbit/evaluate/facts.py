@@ -62,11 +62,13 @@ class Facts:
         both: dict[str, Any] = {}
         for key in self.__dataclass_fields__:
             mine, its = getattr(self, key), getattr(other, key)
-            if key in _LISTS:
-                both[key] = (*mine, *(item for item in its if item not in mine)) if key != "layers" else mine or its
+            if key == "layers":
+                both[key] = its if "layers" in other.found() and "layers" not in self.found() else mine or its
+            elif key in _LISTS:
+                both[key] = (*mine, *(item for item in its if item not in mine))
             elif key not in ("name", "source"):
                 both[key] = its if mine in (None, "") else mine
-        taken = {name for name in _SINGLE if getattr(self, name)}
+        taken = {name for name in _SINGLE if name in self.found()}
         its = tuple(
             {**record, "what": [name for name in record["what"] if name not in taken]} for record in other.measured_on
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from signbit.errors import OptionError
 from signbit.extras import install
@@ -82,6 +83,8 @@ def plot_layers(report: Report, path: str | Path, title: str, of: str = "the out
 
 #: More points than these are numbered in the picture and named below it: names would lie on each other.
 _NAMED = 4
+#: Pixels within which two points share a label.
+_NEAR = 14
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,29 @@ def pareto(points: Sequence[tuple[str, float, float]], better: int) -> list[int]
     ]
 
 
+def _label(axes: Any, panel: Quality, named: bool) -> None:
+    """Names or numbers beside the points; points that lie on each other share one label."""
+    points = [(size / 1e6, value) for _, size, value in panel.points]
+    pixels = axes.transData.transform(points)
+    front, largest = pareto(panel.points, panel.better), max(x for x, _ in points)
+    groups: list[list[int]] = []
+    for place, here in enumerate(pixels):
+        near = (g for g in groups if not named and abs(pixels[g[0]] - here).max() < _NEAR)
+        if (group := next(near, None)) is None:
+            groups.append([place])
+        else:
+            group.append(place)
+    for group in groups:
+        first = points[group[0]]
+        right = first[0] == largest
+        above = right or panel.better < 0  # off the line
+        axes.annotate(
+            ", ".join(panel.points[place][0] if named else str(place + 1) for place in group), first,
+            xytext=(-7 if right else 7, 8 if above else -13), textcoords="offset points", fontsize=9,
+            weight="bold" if set(group) & set(front) else "normal", horizontalalignment="right" if right else "left",
+        )  # fmt: skip
+
+
 def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
     """Draws each measure over the bytes of the weight files; the models on the Pareto front are filled and joined.
 
@@ -123,15 +149,8 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
         axes.plot(*zip(*line, strict=True), color="C0", linewidth=1, linestyle="--", label="Pareto front", zorder=1)
         named = len(panel.points) <= _NAMED
         for place, (name, size, value) in enumerate(panel.points):
-            on = place in front
-            axes.scatter(size / 1e6, value, s=55, color="C0" if on else "white", edgecolors="C0", zorder=2)
-            largest = size == max(s for _, s, _ in panel.points)
-            above = largest or panel.better < 0  # off the line
-            axes.annotate(
-                name if named else str(place + 1), (size / 1e6, value), xytext=(-7 if largest else 7, 8 if above else -13),
-                textcoords="offset points", fontsize=9, weight="bold" if on else "normal",
-                horizontalalignment="right" if largest else "left",
-            )  # fmt: skip
+            color = "C0" if place in front else "white"
+            axes.scatter(size / 1e6, value, s=55, color=color, edgecolors="C0", zorder=2)
             if not named:
                 axes.plot([], [], linestyle="", label=f"{place + 1}  {name}")
         axes.set_xscale("log")
@@ -148,6 +167,9 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
         else:
             axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.17), ncols=2, frameon=False, handlelength=1)
         axes.grid(alpha=0.3)
+    figure.draw_without_rendering()  # where points lie on the picture, some on others
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        _label(axes, panel, len(panel.points) <= _NAMED)
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

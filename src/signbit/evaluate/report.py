@@ -21,7 +21,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """A measure for people, or the sign of one that is missing."""
     if value is None:
         return MISSING
-    return f"{value:.4g}" if abs(value) >= 1e4 else f"{value:,.{digits}f}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.{digits}f}"
 
 
 def percent(value: float | None) -> str:
@@ -360,16 +360,16 @@ def _sources(models: Sequence[Facts], commands: Sequence[str], here: dict[str, s
     ]
     made = "\n".join([*(facts.command for facts in models if facts.command), *commands])
     table = Table(("model", "SHA-256", "made by", "results from"), rows, "SHA-256 over the models' files.")
-    elsewhere = [
-        (facts.name, described(machine), "; ".join(record["what"]))
-        for facts in models
-        for record in facts.measured_on
-        if (machine := of_machine(record)) != here
-    ]
+    elsewhere: dict[tuple[str, str], list[str]] = {}
+    for facts in models:
+        for record in facts.measured_on:
+            if (machine := of_machine(record)) != here:
+                elsewhere.setdefault((described(machine), "; ".join(record["what"])), []).append(facts.name)
     parts: list[Part] = [Code(made), f"Made on: {described(here)}.", table]
     if elsewhere:
         note = "What is not named here was measured where the report was made."
-        parts.append(Table(("model", "measured on", "what"), elsewhere, note))
+        lines = [(", ".join(names), *found) for found, names in elsewhere.items()]
+        parts.append(Table(("models", "measured on", "what"), lines, note))
     return Section("Commands, versions, hashes", parts)
 
 
