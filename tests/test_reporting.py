@@ -1,9 +1,15 @@
 """`signbit report`, `compare` and `diff`, and what they measure."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +24,7 @@ from signbit.evaluate.machines import here
 from signbit.evaluate.speed import SpeedOptions
 from signbit.hub.agreement import agreement, exact_agreement, text_tokens
 from signbit.hub.load import load_any, load_tokenizer
-from signbit.hub.subject import Subject, Where, _speed_alone, named
+from signbit.hub.subject import Subject, Where, _speed_alone, measured_as, named, perplexity_protocol
 from tests import families
 from tests.conftest import tiny_llama_config
 
@@ -237,9 +243,9 @@ def test_what_agreement_refuses(llama_dir, llama, text):
     with pytest.raises(OptionError, match="--block is 200 tokens, and the model has 128 positions"):
         exact_agreement(llama, llama, "b", file, 200)
     other = LlamaForCausalLM(tiny_llama_config(vocab_size=70)).eval()
-    with pytest.raises(OptionError, match="answers with 70 tokens and the model with 64"):
+    with pytest.raises(StructureError, match="answers with 70 tokens and the model with 64"):
         exact_agreement(llama, other, "other", file, 64)
-    with pytest.raises(OptionError, match="answers with 70 tokens and the model with 64"):
+    with pytest.raises(StructureError, match="answers with 70 tokens and the model with 64"):
         agreement(llama, lambda: other, "o", "other", file, 64)
 
 
@@ -335,7 +341,8 @@ def test_compare_has_models_that_are_elsewhere(packed, llama_dir, tmp_path, caps
 
 
 def test_what_a_file_of_results_has_is_not_measured_again(packed, llama_dir, text, tmp_path, capsys, monkeypatch):
-    asked = f"compare A={packed} B={llama_dir} --ppl none --skip speed --held-out {text} --block 32 --sample-tokens 3 --json {tmp_path}"
+    asked = f"compare A={packed} B={llama_dir} --ppl none --skip speed --held-out {text} --block 32 --sample-tokens 3"
+    asked += f" --json {tmp_path}"
     assert run(capsys, f"{asked}/there.json")[0] == 0
     monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "another machine"))
     for place in (
@@ -373,6 +380,123 @@ def test_eval_keeps_its_perplexity_for_reports(llama_dir, text, tmp_path, capsys
     with open(text, "a") as stream:
         stream.write(" w1")
     assert run(capsys, f"{command} --window 64 --max-windows 2")[0] == 0 and loads, "another text"
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """The windows that are measured from here on."""
+    module, measured = import_module("signbit.evaluate.perplexity"), []
+    of = module.window_nll
+    monkeypatch.setattr(module, "window_nll", lambda *words: measured.append(words) or of(*words))
+    return measured
+
+
+def test_a_killed_perplexity_goes_on_behind_its_last_window(llama_dir, tmp_path, capsys, windows):
+    text, count = tmp_path / "long.txt", 1500
+    text.write_text(" ".join(f"w{i * i % 61}" for i in range(8 * count)))
+    command = f"eval {llama_dir} --ppl {text} --window 8"
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-m", "signbit", *shlex.split(command)], env=env)
+    folder, deadline = tmp_path / "cache" / "measured", time.monotonic() + 120
+    while not any(folder.rglob("*.jsonl")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    written = sum(line.endswith("]") for file in folder.rglob("*.jsonl") for line in file.read_text().splitlines())
+    assert 0 < written < count
+
+    def found(flags):
+        windows.clear()
+        code, _, err = run(capsys, f"{command} {flags} --json {tmp_path}/found.json")
+        assert code == 0, err
+        assert not any(folder.rglob("*.jsonl")), "the whole is kept"
+        return json.loads((tmp_path / "found.json").read_text())["results"][0], len(windows), err
+
+    went_on, measured, err = found("")
+    assert measured == count - written and f"note: llama {text}: {written} windows are kept" in err
+    anew, measured, err = found("--again")
+    assert measured == count and "are kept" not in err
+    assert (went_on["nll"], went_on["predicted_tokens"]) == (anew["nll"], anew["predicted_tokens"])
+
+
+def test_again_begins_with_the_first_window(llama_dir):
+    protocol = {"protocol": "x"}
+    Subject("m", llama_dir, Where()).windows(protocol).add(3, 1.5, 7)
+    assert Subject("m", llama_dir, Where()).recall("perplexity", protocol) is None
+    assert Subject("m", llama_dir, Where()).windows(protocol).known == {3: (1.5, 7)}
+    again = Subject("m", llama_dir, Where(), again=True)
+    assert again.recall("perplexity", protocol) is None and again.windows(protocol).known == {}
+
+
+def test_a_perplexity_of_a_file_of_results_is_not_measured_again(
+    tokenizer, text, tmp_path, capsys, monkeypatch, windows
+):
+    model, data, there = tmp_path / "long", tmp_path / "data", tmp_path / "there.json"
+    LlamaForCausalLM(tiny_llama_config(max_position_embeddings=2048)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    data.mkdir()
+    (data / "c4-validation.jsonl").write_text((json.dumps({"text": "w1 w2 w3 " * 20}) + "\n") * 40)
+    cut, local = "--window 64 --max-windows 2", f"--data-dir {data} --max-windows 2"
+    assert run(capsys, f"eval {model} --ppl c4-first1100 {local} --json {there}")[0] == 0
+    assert run(capsys, f"eval {model} --ppl {text} {cut} --json {tmp_path}/file.json")[0] == 0
+    skip = "--skip agreement --skip layers --skip samples --skip speed"
+    command = f"--ppl c4-first1100,{text} --data-dir {data} --results {there} --results {tmp_path}/file.json {skip}"
+
+    def measured(verb, options=cut):
+        windows.clear()
+        monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / f"cache-{time.monotonic_ns()}"))
+        code, said, err = run(capsys, f"{verb} {model} {command} {options} --json {tmp_path}/here.json")
+        assert code == 0, err
+        assert "c4-first1100, 40 of 1100" in (said if verb == "compare" else (tmp_path / "r/report.md").read_text())
+        return len(windows), json.loads((tmp_path / "here.json").read_text())["models"][0]["perplexities"]
+
+    report = f"report -o {tmp_path}/r"
+    count, found = measured(report)
+    assert count == 0 and {p["protocol"] for p in found} == {
+        "c4-first1100, 40 of 1100 documents", "text.txt, first 2 of 4 windows",
+    }  # fmt: skip
+    assert measured("compare")[0] == 0
+    there.write_text((tmp_path / "here.json").read_text())  # what a report or compare wrote says it too
+    assert measured("compare")[0] == 0
+    assert measured("compare", "--window 32 --max-windows 2")[0] == 2, "the file's windows are others"
+    with open(text, "a") as stream:
+        stream.write(" w1")
+    assert measured("compare")[0] == 2, "the file is another"
+
+
+@pytest.mark.parametrize(
+    ("label", "asked", "options", "same"),
+    [
+        ("c4-first1100, 1025 of 1100 documents", "c4-first1100", {}, True),
+        ("c4-first1100, 1025 of 1100 documents", "c4-random256", {}, False),
+        ("wikitext2, first 2 of 166 windows", "wikitext2", {"max_windows": 2}, True),
+        ("wikitext2, first 2 of 166 windows", "wikitext2", {"max_windows": 20}, False),
+        ("wikitext2, first 2 of 166 windows", "wikitext2", {}, False),
+        ("wikitext2", "wikitext2", {"max_windows": 2}, False),
+        ("text.txt", "{text}", {}, True),
+    ],
+)
+def test_an_older_file_of_results_is_known_by_its_label(label, asked, options, same, text):
+    protocol = perplexity_protocol(asked.format(text=text), None, options.get("max_windows"))
+    assert measured_as({"protocol": label}, protocol) is same
+
+
+def test_a_named_set_is_known_by_its_name_and_a_file_by_its_text(text, tmp_path):
+    (tmp_path / "ptb.test.txt").write_text("w1 w2\n")
+    hub, local = (perplexity_protocol("ptb", data, None) for data in (None, str(tmp_path)))
+    (tmp_path / "ptb.test.txt").write_text("w1 w3\n")
+    other = perplexity_protocol("ptb", str(tmp_path), None)
+    file = perplexity_protocol(text, None, None)
+    moved = {**file, "protocol": "/gpu/text.txt"}
+    protocols = [hub, local, other, file, moved]
+    table = [[measured_as({"protocol": "", "asked": a}, b) for b in protocols] for a in protocols]
+    assert table == [
+        [True, True, True, False, False],
+        [True, True, False, False, False],
+        [True, False, True, False, False],
+        [False, False, False, True, True],
+        [False, False, False, True, True],
+    ]
 
 
 def test_what_is_kept_says_on_which_machine_it_was_found(llama_dir, text, tmp_path, capsys, monkeypatch):
@@ -427,6 +551,20 @@ def test_what_is_kept_says_on_which_machine_it_was_found(llama_dir, text, tmp_pa
         ("report {model}/none --ppl none", "there is no directory"),
         ("compare A={model} B={model} --ppl nothing.txt", "nothing.txt"),
         ("compare A={model} B={model} --ppl none --limit 3", "--few-shot and --limit are for --tasks"),
+        ("report {model} --ppl none --block -1", "--block is -1; at least 1 is needed"),
+        ("report {model} --ppl none --held-out-tokens 0", "--held-out-tokens is 0; at least 1 is needed"),
+        ("report {model} --ppl none --sample-tokens 0", "--sample-tokens is 0; at least 1 is needed"),
+        ("report {model} --ppl none --max-windows 0", "--max-windows is 0; at least 1 is needed"),
+        ("compare A={model} B={model} --ppl none --block 0", "--block is 0; at least 1 is needed"),
+        ("diff {model} {model} --block 0", "--block is 0; at least 1 is needed"),
+        ("diff {model} {model} --text-tokens 0", "--text-tokens is 0; at least 1 is needed"),
+        ("eval {model} --requests none.jsonl --max-windows 0", "--max-windows is 0; at least 1 is needed"),
+        *(
+            (f"{words} --json no/x.json", "--json no/x.json cannot be written: there is no directory")
+            for words in ("eval none", "report none", "compare none none", "diff none none", "info none", "doctor none")
+        ),
+        ("info none --json .", "--json . cannot be written: it is a directory"),
+        ("eval --table onebit --markdown no/x.md", "--markdown no/x.md cannot be written: there is no directory"),
     ],
 )
 def test_what_is_refused(arguments, message, llama_dir, capsys, tmp_path, monkeypatch):
@@ -434,6 +572,22 @@ def test_what_is_refused(arguments, message, llama_dir, capsys, tmp_path, monkey
     code, _, err = run(capsys, arguments.format(model=llama_dir))
     assert code == 1 and message in err, err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--block 200", "--block is 200 tokens, and the model has 128 positions"),
+     ("--block 64 --held-out-tokens 50", "has 50 tokens, fewer than one block of 64")],
+)  # fmt: skip
+def test_a_block_that_is_not_to_be_had_ends_a_report_before_work(
+    flags, message, packed, llama_dir, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Subject, "model", property(lambda _: pytest.fail("a model was loaded")))
+    card = Path(packed, "README.md")
+    before = card.read_text()
+    command = f"report {packed} --against {llama_dir} --ppl none --held-out {text} --skip speed -o {tmp_path}/r"
+    code, _, err = run(capsys, f"{command} {flags}")
+    assert code == 1 and message in err and card.read_text() == before
 
 
 def test_a_model_of_another_vocabulary_has_no_agreement_and_that_is_said(packed, text, tmp_path, capsys, tokenizer):

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import signbit
 from signbit.data import PROTOCOLS, read_set, read_text_file
 from signbit.errors import DataError, OptionError, WeightError
+from signbit.evaluate.kept import KeptWindows, keep
 from signbit.evaluate.perplexity import TextOptions, _windows, check, perplexity
 from signbit.evaluate.size import measure_size
 
@@ -173,6 +174,52 @@ def test_each_process_measures_its_share_of_the_windows(tokenizer, tmp_path, mon
     assert sorted(at for share in shares for at in share) == list(range(7))
     # The last one has gathered from all: the sum is made in the order of the windows, as in one process.
     assert (found[-1].nll, found[-1].predicted_tokens) == (whole.nll, whole.predicted_tokens)
+
+
+def test_windows_that_are_kept_are_not_measured_again(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+    file = write_ids(tmp_path, random.Random(0).choices(range(61), k=150))
+    options, machine = TextOptions(window=20), {"device": "one"}
+    whole = perplexity(Known(), tokenizer, file, options=options)
+
+    def measured(model, place, number, machine=machine):
+        kept = KeptWindows("a" * 64, {"x": 1}, machine, place)
+        return perplexity(model, tokenizer, file, options=options, processes=(place, number), kept=kept)
+
+    shares = []
+    monkeypatch.setattr(
+        sys.modules["signbit.evaluate.perplexity"], "gather_object", lambda parts: shares.extend(parts) or shares
+    )
+    for place, calls in ((0, 2), (1, 1)):  # each of two processes is killed behind its second, and its first window
+        killed = Known()
+        monkeypatch.setattr(killed, "forward", stopping(killed.forward, calls))
+        with pytest.raises(KeyboardInterrupt):
+            measured(killed, place, 2)
+    shares.clear()
+    folder = tmp_path / "cache" / "measured" / ("a" * 32)
+    assert len(list(folder.glob("*.jsonl"))) == 2
+    with next(folder.glob("*-1.jsonl")).open("a") as stream:
+        stream.write('\n7\nnull\n[1, "x", 2]\n{"a": 1}\n[3, 1.0')
+    model = Known()
+    found = measured(model, 0, 1)
+    assert (len(model.seen), found.nll, found.predicted_tokens) == (7 - 3, whole.nll, whole.predicted_tokens)
+    model = Known()
+    assert measured(model, 0, 1, {"device": "another"}).nll == whole.nll and len(model.seen) == 7
+    keep("a" * 64, {"x": 1}, found.to_dict(), machine)
+    assert len(list(folder.glob("*"))) == 1, "the whole stands in their place"
+
+
+def stopping(forward, calls):
+    """`forward`, which ends its process at the call after the first `calls`."""
+    left = [None] * calls
+
+    def called(input_ids, use_cache):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return forward(input_ids, use_cache)
+
+    return called
 
 
 def test_fewer_windows_are_said(tokenizer, tmp_path):

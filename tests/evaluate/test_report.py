@@ -282,6 +282,9 @@ def test_the_short_table_and_the_points_of_the_picture():
     table = summary([MODEL, TEACHER], TEACHER)
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert (row["bits/weight"], row["perplexity (wikitext2)"], row["kept"]) == ("1.250", "40.000", "75.0%")
+    bare = summary([Facts("one"), Facts("two")], None)
+    assert not any("perplexity" in column for column in bare.columns)
+    assert [len(cells) for cells in bare.rows] == 2 * [len(bare.columns)]
     panels = quality([MODEL, TEACHER, Facts("no size", perplexities=(ppl(1.0),))], TEACHER)
     assert panels[0].points == (("one bit", 20e6, 40.0), ("teacher", 200e6, 10.0))
     assert panels[1].points[0] == ("one bit", 20e6, pytest.approx(52.5))

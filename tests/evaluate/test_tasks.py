@@ -448,7 +448,9 @@ def test_answers_are_kept_with_the_machine_that_gave_them(tmp_path):
     other.add({b: (-2.0, False)})
     assert other.machines([a, b]) == [{"device": "one"}, {"device": "another"}]
     with (tmp_path / "answers-0.jsonl").open("a") as stream:
-        stream.write('\n{"measured_on": {"dev')  # where it was killed
+        stream.write(
+            '\n7\nnull\n"abc"\n[1, 2, 3]\n["k", [], true]\n{"measured_on": 7}\n{"x": 1}\n{"measured_on": {"dev'
+        )
     third = Answers(path, 0, {"device": "third"})
     assert (third.get(a), third.get(b)) == ((-1.0, True), (-2.0, False)) and third.machines([b]) == [
         {"device": "another"}
@@ -769,9 +771,13 @@ def test_a_killed_command_goes_on_where_it_was(stories, tmp_path, monkeypatch, c
 def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, capsys):
     many_requests(tmp_path / "r.jsonl")
     (tmp_path / "story.txt").write_text("Once upon a time there was a little girl who had a dog and a red ball. " * 40)
+    (tmp_path / "ends.py").write_text(
+        "import sys, torch.distributed\nfrom signbit.cli import main\ncode = main(sys.argv[1:])\n"
+        "assert not torch.distributed.is_initialized()\nsys.exit(code)\n"
+    )
     command = ["eval", stories, "--requests", str(tmp_path / "r.jsonl")]
     command += ["--ppl", str(tmp_path / "story.txt"), "--window", "64"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "signbit"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "ends.py")]
     env = {**os.environ, "SIGNBIT_CACHE": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launch, *command, "--json", str(tmp_path / "two.json")],
@@ -794,6 +800,22 @@ def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, c
     assert two["results"][0]["nll"] == one["results"][0]["nll"]
     assert kept["kept"] and kept["nll"] == one["results"][0]["nll"], "both processes take what the first has"
     assert two["results"][0]["windows"] == one["results"][0]["windows"] > 4
+
+
+@pytest.mark.parametrize(("requests", "code"), [("asked.jsonl", 0), ("none.jsonl", 1)])
+def test_processes_leave_their_group_at_the_end(requests, code, llama_dir, tmp_path, monkeypatch):
+    left = []
+    state = SimpleNamespace(
+        num_processes=1, process_index=0, local_process_index=0, destroy_process_group=lambda: left.append(1)
+    )
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+    task = Task("made", "choice", ("acc",), 0, "1", 1, "here")
+    question = Question("made", 0, (("w1", " w2"), ("w1", " w3")), (0,), (1, 1))
+    Requests("made", None, (task,), (), (question,)).write(tmp_path / "asked.jsonl")
+    assert main(["eval", llama_dir, "--requests", str(tmp_path / requests)]) == code
+    assert left == [1]
 
 
 def test_answers_belong_to_all_files_of_a_model_and_of_the_one_beside_an_adapter(llama_dir, tmp_path):

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "push": "; the same command uploads what the hub has not got yet",
             "report": "; the same command goes on with what is measured",
             "compare": "; the same command goes on with what is measured",
-            "eval": "; the same command goes on with the answers to tasks that are written",
+            "eval": "; the same command goes on with the windows and answers that are written",
         }
         resume = resumes.get(argv[0], "")
         print(f"signbit: interrupted{resume}", file=sys.stderr)

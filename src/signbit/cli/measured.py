@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from signbit.cli.output import Bars, note
-from signbit.errors import OptionError, SignbitError
+from signbit.cli.parsing import at_least
+from signbit.errors import OptionError, StructureError
 
 if TYPE_CHECKING:
     from signbit.evaluate.facts import Facts
@@ -33,6 +34,14 @@ def subjects(models: Sequence[str], args: Any) -> list[Subject]:
     return [Subject(label, place, where, args.again) for label, (_, place) in zip(labels, pairs, strict=True)]
 
 
+def check(args: Any) -> None:
+    """Raises OptionError, before any work is done, for a number that is too small."""
+    at_least(
+        1, max_windows=args.max_windows, held_out_tokens=args.held_out_tokens, block=args.block,
+        sample_tokens=args.sample_tokens,
+    )  # fmt: skip
+
+
 def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[list[Facts], Facts | None]:
     """All that is asked of `models`, then the models of --results that are elsewhere; and the teacher, their last."""
     from signbit.cli import tasks
@@ -48,9 +57,9 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
     protocols = [] if args.ppl == "none" else [name.strip() for name in args.ppl.split(",") if name.strip()]
     for name in protocols:
         check(name, args.data_dir, args.text if name not in PROTOCOLS else None, args.max_windows)
-    place = tasks.Place()
-    if place.number > 1:
-        raise OptionError("a report is made in one process; score tasks with signbit eval in several, then --results")
+    with tasks.Place() as place:
+        if place.number > 1:
+            raise OptionError("a report is made in one process; measure with signbit eval in several, then --results")
     options = {field.name: getattr(args, field.name) for field in fields(args)}
     requests = tasks.requests(SimpleNamespace(**options, export_requests=None), place)
     teacher = models[-1] if has_teacher else None
@@ -68,36 +77,43 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
     return found, None if teacher is None else found[len(models) - 1]
 
 
-def _asked(there: Facts | None, protocols: Sequence[str]) -> list[str]:
+def _asked(there: Facts | None, protocols: Sequence[str], args: Any) -> list[str]:
     """The `protocols` that no file of results has of a model."""
-    have = set() if there is None else {found["protocol"] for found in there.perplexities}
-    return [name for name in protocols if name not in have]
+    from signbit.hub.subject import measured_as
+
+    have = () if there is None else there.perplexities
+    return [name for name in protocols if not any(measured_as(found, _protocol(name, args)) for found in have)]
 
 
 def _read_texts(
     models: Sequence[Subject], known: dict[str, Facts], teacher: Subject | None, protocols: Sequence[str], args: Any
 ) -> None:
-    """Raises DataError, before long work, for a text that is needed and not to be had; local ones of --ppl are checked."""
+    """Raises DataError or OptionError, before long work, for a text that is needed and not to be had, or too short.
+
+    Local ones of --ppl are checked.
+    """
     from signbit.data import PROTOCOLS, read_set
-    from signbit.hub.agreement import text_tokens
+    from signbit.hub.agreement import check_block, text_tokens
 
     needed = {
         name
         for subject in models
-        for name in _asked(known.get(subject.sha256), protocols)
+        for name in _asked(known.get(subject.sha256), protocols, args)
         if name in PROTOCOLS and subject.recall("perplexity", _protocol(name, args)) is None
     }
     for name in sorted(needed) if args.data_dir is None else ():
         read_set(PROTOCOLS[name])
     if teacher is not None and "agreement" not in args.skip:
-        text_tokens(models[0].tokenizer, args.held_out, args.data_dir, args.held_out_tokens)
+        for subject in models:
+            file = text_tokens(subject.tokenizer, args.held_out, args.data_dir, args.held_out_tokens)
+            check_block(subject.config, file, args.block)
 
 
 def _measure(
     subject: Subject, there: Facts | None, teacher: Subject | None, protocols: Sequence[str], requests: Any, args: Any
 ) -> Facts:
     """What is asked of one model, but for what a file of results has of it (`there`)."""
-    asked = _asked(there, protocols)
+    asked = _asked(there, protocols, args)
     unknown = {"speed": _LEFT_OUT.format("speed")} if "speed" in args.skip else {}
     perplexities = tuple(_perplexity(subject, name, args) for name in asked)
     facts = replace(subject.facts(), perplexities=perplexities, unknown=unknown)
@@ -132,16 +148,17 @@ def _perplexity(subject: Subject, name: str, args: Any) -> dict[str, Any]:
     from signbit.data import PROTOCOLS
     from signbit.evaluate.perplexity import perplexity
 
-    options = None if name in PROTOCOLS else args.text
+    options, protocol = None if name in PROTOCOLS else args.text, _protocol(name, args)
 
     def measure() -> dict[str, Any]:
         with Bars() as bars:
             return perplexity(
                 subject.model, subject.tokenizer, name, args.data_dir, options, args.max_windows,
                 lambda done, total, value: bars(f"{subject.name} {name}", done, total, f"ppl {value:.2f}"),
+                kept=subject.windows(protocol),
             ).to_dict()  # fmt: skip
 
-    return subject.known("perplexity", _protocol(name, args), measure)
+    return {**subject.known("perplexity", protocol, measure), "asked": protocol}
 
 
 def _tasks(subject: Subject, requests: Any, args: Any) -> dict[str, Any]:
@@ -175,7 +192,7 @@ def _beside(facts: Facts, subject: Subject, there: Facts | None, teacher: Subjec
                     facts = replace(facts, agreement=_agreement(subject, teacher, args))
                 else:
                     facts = replace(facts, layers=_layers(facts, subject, teacher))
-            except SignbitError as error:
+            except StructureError as error:
                 unknown[name] = str(error)
                 note(f"{subject.name}, {name} beside {teacher.name}: {error}")
     return replace(facts, unknown=unknown)

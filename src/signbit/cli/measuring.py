@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from signbit.cli.output import byte_text, note, quiet, table, write_json
-from signbit.cli.parsing import RunOptions, parse
+from signbit.cli.output import byte_text, check_file, note, quiet, table, write_json
+from signbit.cli.parsing import RunOptions, at_least, parse
 from signbit.errors import OptionError, SignbitError
 from signbit.version import VERSION
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from signbit.cli.tasks import Place
     from signbit.evaluate.doctor import Machine
     from signbit.evaluate.requests import Requests
+    from signbit.evaluate.table import Table
     from signbit.hub.subject import Subject
 
 
@@ -125,6 +126,7 @@ class DoctorOptions:
 def info(argv: Sequence[str]) -> None:
     """`signbit info`."""
     args = parse("info", argv, InfoOptions)
+    check_file("--json", args.json)
     from signbit.evaluate.size import measure_size
 
     size = measure_size(args.model)
@@ -157,6 +159,7 @@ def info(argv: Sequence[str]) -> None:
 def memory(argv: Sequence[str]) -> None:
     """`signbit memory`."""
     args = parse("memory", argv, MemoryOptions)
+    check_file("--json", args.json)
     facts: dict[str, Any] = {"signbit": VERSION, "command": shlex.join(["signbit", "memory", *argv])}
     if args.energy and args.model is None and args.recipe is None:
         from signbit.evaluate.energy import PAPER
@@ -227,15 +230,25 @@ def evaluate(argv: Sequence[str]) -> None:
     from signbit.evaluate.perplexity import TextOptions
 
     args = parse("eval", argv, EvalOptions, text=TextOptions, run=RunOptions)
-    from signbit.cli import perplexities, tables, tasks
+    from signbit.cli import tables, tasks
 
+    at_least(1, max_windows=args.max_windows)
+    check_file("--json", args.json)
+    check_file("--markdown", args.markdown)
     quiet()
     args, paper, models = tables.applied(args)
     if args.export_requests is not None and (args.model is not None or args.ppl is not None):
         raise OptionError("--export-requests writes what --tasks ask and measures nothing; leave MODEL and --ppl out")
     if args.export_requests is None and args.model is None and paper is None:
         raise OptionError("give the MODEL to measure, --table NAME, or --tasks … --export-requests FILE")
-    place = tasks.Place()
+    with tasks.Place() as place:
+        _evaluated(args, paper, models, place, shlex.join(["signbit", "eval", *argv]))
+
+
+def _evaluated(args: Any, paper: Table | None, models: dict[str, str], place: Place, command: str) -> None:
+    """What `command` asks of its models: measured, shown and written."""
+    from signbit.cli import perplexities, tables, tasks
+
     requests = tasks.requests(args, place)
     if args.export_requests is not None:
         return
@@ -266,7 +279,7 @@ def evaluate(argv: Sequence[str]) -> None:
     else:
         perplexities.print_perplexities(results, args.against, saved)
         tasks.print_results(asked)
-    write_json(args.json, {"signbit": VERSION, "command": shlex.join(["signbit", "eval", *argv]), **found})
+    write_json(args.json, {"signbit": VERSION, "command": command, **found})
 
 
 def _saved(model_name: str) -> tuple[float, float] | None:
@@ -305,6 +318,7 @@ def _whole(
 def doctor(argv: Sequence[str]) -> None:
     """`signbit doctor`; raises SignbitError if kernels fail their check."""
     args = parse("doctor", argv, DoctorOptions)
+    check_file("--json", args.json)
     from signbit.evaluate.doctor import examine, multiplied
     from signbit.ops.cpu import VARIABLE
 

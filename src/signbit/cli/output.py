@@ -101,6 +101,17 @@ def print_report(report: Report) -> None:
     print(f", at {report.bits_per_weight:.3f} true bits per weight" if report.binarized else "")
 
 
+def check_file(flag: str, path: str | None) -> None:
+    """Raises OptionError, before any work is done, if no file can be written to the `path` of a flag, if it has one."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise OptionError(f"{flag} {path} cannot be written: there is no directory {folder}")
+    if Path(path).is_dir():
+        raise OptionError(f"{flag} {path} cannot be written: it is a directory; name a file")
+
+
 def write_json(path: str | None, value: Any) -> None:
     """Writes `value` to the file of --json, if there is one; raises OptionError where it cannot."""
     if path is not None:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import tyro
 
+from signbit.errors import OptionError
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -55,3 +57,10 @@ def option_value(argv: Sequence[str], flag: str, default: str) -> str:
 def flag_of(key: str) -> str:
     """The flag of an option: max_steps → --max-steps."""
     return f"--{key.replace('_', '-')}"
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Raises OptionError for an option below `least`; None is one that was not given."""
+    for key, value in options.items():
+        if value is not None and value < least:
+            raise OptionError(f"{flag_of(key)} is {value}; at least {least} is needed")

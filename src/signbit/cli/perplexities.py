@@ -50,19 +50,25 @@ def _protocol(name: str, args: Any) -> dict[str, Any]:
 
 def _recalled(of: Subject, name: str, args: Any) -> dict[str, Any] | None:
     """The perplexity `name` as it was kept, as JSON values; None where it is to be measured."""
-    known = of.recall("perplexity", _protocol(name, args))
-    return None if known is None else {"model": of.place, "name": name, **known, "kept": True}
+    protocol = _protocol(name, args)
+    known = of.recall("perplexity", protocol)
+    return None if known is None else {**_result(of, name, protocol, known), "kept": True}
 
 
-def _keep(of: Subject, result: dict[str, Any], args: Any) -> None:
-    found = {key: value for key, value in result.items() if key not in ("model", "offloaded")}
-    of.keep("perplexity", _protocol(result["name"], args), found)
+def _result(of: Subject, name: str, protocol: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    return {"model": of.place, "name": name, "asked": protocol, **found}
+
+
+def _keep(of: Subject, result: dict[str, Any]) -> None:
+    found = {key: value for key, value in result.items() if key not in ("model", "asked", "offloaded")}
+    of.keep("perplexity", result["asked"], found)
 
 
 def measured(of: Subject, loaded: Callable[[], tuple[Any, Any]], name: str, args: Any, place: Place) -> dict[str, Any]:
     """The perplexity `name` of a model, as JSON values: what is kept, else what is measured, which is kept at once.
 
     `loaded` gives model and tokenizer. Each process measures its share of the windows, and all do what the first decides.
+    Windows are kept as they come, so that a killed command goes on behind them.
     """
     from tqdm import tqdm
 
@@ -72,6 +78,10 @@ def measured(of: Subject, loaded: Callable[[], tuple[Any, Any]], name: str, args
     if known is not None:
         return known
     model, tokenizer = loaded()
+    protocol = _protocol(name, args)
+    windows = of.windows(protocol, place.index)
+    if windows.known and place.main:
+        note(f"{of.name} {name}: {len(windows.known)} windows are kept from a run that ended early")
     silent = None if place.main else True  # None: silent unless on a terminal
     with tqdm(desc=f"{of.name} {name}", unit="window", disable=silent, leave=False) as bar:
 
@@ -81,10 +91,10 @@ def measured(of: Subject, loaded: Callable[[], tuple[Any, Any]], name: str, args
             bar.update(done - bar.n)
 
         processes = place.index, place.number
-        found = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step, processes)
-    result = {"model": of.place, "name": name, **found.to_dict()}
+        found = perplexity(model, tokenizer, name, args.data_dir, args.text, args.max_windows, step, processes, windows)
+    result = _result(of, name, protocol, found.to_dict())
     if place.main:
-        _keep(of, result, args)
+        _keep(of, result)
     return result
 
 
@@ -116,11 +126,11 @@ def _by_blocks(of: Subject, names: Sequence[str], args: Any) -> list[dict[str, A
     finally:
         bars.close()
     results = [
-        {"model": of.place, "name": name, **result.to_dict(), "offloaded": True}
+        {**_result(of, name, _protocol(name, args), result.to_dict()), "offloaded": True}
         for name, result in zip(names, found, strict=True)
     ]
     for result in results:
-        _keep(of, result, args)
+        _keep(of, result)
     return results
 
 

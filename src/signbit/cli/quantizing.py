@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from signbit.cli.output import Bars, byte_text, note, print_report, quiet, write_json
+from signbit.cli.output import Bars, byte_text, check_file, note, print_report, quiet, write_json
 from signbit.cli.parsing import option_value, parse
 from signbit.errors import OptionError
 from signbit.version import VERSION
@@ -73,6 +73,7 @@ def quantize(argv: Sequence[str]) -> None:
     field = name.replace("-", "_")
     parts: dict[str, type] = {field: method, "calibration": CalibrationOptions}
     args = parse("quantize", argv, QuantizeOptions, **parts)
+    check_file("--json", args.json)
 
     from signbit import ptq
     from signbit.hub.config import SignbitConfig

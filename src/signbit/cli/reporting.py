@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from signbit.cli import measured
-from signbit.cli.output import Bars, quiet, table, write_json
-from signbit.cli.parsing import RunOptions, parse
+from signbit.cli.output import Bars, check_file, quiet, table, write_json
+from signbit.cli.parsing import RunOptions, at_least, parse
 from signbit.errors import OptionError
 
 if TYPE_CHECKING:
@@ -117,8 +117,10 @@ def report(argv: Sequence[str]) -> None:
     from signbit.hub.card import with_report
     from signbit.hub.load import is_packed
 
+    measured.check(args)
     folder = _folder(args.out)
     check_plot(folder / "quality.png")
+    check_file("--json", args.json)  # which may lie in the folder
     quiet()
     subjects = measured.subjects((args.model, *args.against), args)
     models, teacher = measured.measured(subjects, args, bool(args.against))
@@ -149,6 +151,8 @@ def compare(argv: Sequence[str]) -> None:
 
     if len(args.models) + len(args.results) < 2:
         raise OptionError("compare what? give at least two models: signbit compare A B, the teacher last")
+    measured.check(args)
+    check_file("--json", args.json)
     quiet()
     subjects = measured.subjects(args.models, args)
     models, teacher = measured.measured(subjects, args, len(subjects) > 1)
@@ -179,6 +183,8 @@ def _print_summary(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
 def diff(argv: Sequence[str]) -> None:
     """`signbit diff`."""
     args = parse("diff", argv, DiffOptions)
+    at_least(1, text_tokens=args.text_tokens, block=args.block)
+    check_file("--json", args.json)
     from signbit.evaluate.difference import differences
     from signbit.hub.agreement import exact_agreement, text_tokens
     from signbit.hub.load import load_tokenizer

@@ -12,21 +12,34 @@ from signbit.errors import OptionError
 from signbit.version import VERSION
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from signbit.evaluate.requests import Requests
     from signbit.hub.subject import Subject
 
 
 class Place:
-    """Which process this is of those that `accelerate launch` started; the only one where none were."""
+    """Which process this is of those that `accelerate launch` started; the only one where none were.
+
+    As a context it leaves their group at the end.
+    """
 
     def __init__(self) -> None:
         self.number, self.index, self.local = 1, 0, 0
+        self._state: PartialState | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             import torch
             from accelerate import PartialState
 
-            state = PartialState(cpu=not torch.cuda.is_available())
+            self._state = state = PartialState(cpu=not torch.cuda.is_available())
             self.number, self.index, self.local = state.num_processes, state.process_index, state.local_process_index
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._state is not None:
+            self._state.destroy_process_group()
 
     @property
     def main(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from signbit.cli.output import Bars, note, quiet, table, write_json
+from signbit.cli.output import Bars, check_file, note, quiet, table, write_json
 from signbit.cli.parsing import flag_of, option_value, parse
 from signbit.errors import OptionError
 from signbit.version import VERSION
@@ -387,6 +387,7 @@ def pack(argv: Sequence[str]) -> None:
 def flips(argv: Sequence[str]) -> None:
     """`signbit flips`."""
     args = parse("flips", argv, FlipsOptions)
+    check_file("--json", args.json)
     if args.plot is not None:
         from signbit.evaluate.plot import check_plot
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from signbit.data import PROTOCOLS, Protocol, read_set, read_text_file
 from signbit.data.tokens import document_windows, tokens
 from signbit.errors import DataError, OptionError, WeightError
+from signbit.evaluate.kept import KeptWindows
 from signbit.linear import get_activations
 
 #: Called after each window with (windows done, windows in all, perplexity so far).
@@ -59,6 +60,7 @@ class Perplexity:
     device: str
     activations: str
     seconds_s: float
+    """Of this run: windows that were kept took it none."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -200,13 +202,14 @@ def perplexity(
     max_windows: int | None = None,
     progress: Progress | None = None,
     processes: tuple[int, int] = (0, 1),
+    kept: KeptWindows | None = None,
 ) -> Perplexity:
     """exp of the mean negative log-likelihood over the windows of a text, each window on its own.
 
     `name` is a protocol of `signbit.data.PROTOCOLS` or the path of a text or jsonl file; `options` are for the latter.
     `max_windows` stops early, and the result says so. `processes` is (place, number): each measures its share of the
-    windows, all return the whole. Raises DataError or OptionError for texts and options that do not fit, WeightError if
-    the model's logits are NaN.
+    windows, all return the whole. Windows that are `kept` are not measured again, the others are added there. Raises
+    DataError or OptionError for texts and options that do not fit, WeightError if the model's logits are NaN.
     """
     windows = windows_of(name, tokenizer, data_dir, options, max_windows)
     windows.check_positions(model)
@@ -214,8 +217,13 @@ def perplexity(
     begin, found = time.perf_counter(), Measured(windows)
     mine = range(place, len(windows.cut), number)
     for done, at in enumerate(mine, start=1):
-        ids, context = windows.cut[at]
-        found.add(at, *window_nll(model, ids.to(device), context))
+        known = None if kept is None else kept.known.get(at)
+        if known is None:
+            ids, context = windows.cut[at]
+            known = window_nll(model, ids.to(device), context)
+        found.add(at, *known)
+        if kept is not None and at not in kept.known:
+            kept.add(at, *known)
         if progress is not None:
             progress(done, len(mine), found.perplexity)
     if number > 1:

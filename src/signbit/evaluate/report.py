@@ -42,18 +42,20 @@ def summary(models: Sequence[Facts], teacher: Facts | None) -> Table:
         size, speed, near = facts.size or {}, facts.speed or {}, facts.agreement or {}
         share = shares.get(facts.name)
         found = next((p["perplexity"] for p in facts.perplexities if p["protocol"] == protocol), None)
+        perplexities = () if protocol is None else (number(found),)
         rows.append(
             (
                 facts.name, megabytes(size.get("file_bytes")), number(size.get("bits_per_weight")),
-                number(size.get("bits_per_parameter")), percent(size.get("file_saved")), number(found),
+                number(size.get("bits_per_parameter")), percent(size.get("file_saved")), *perplexities,
                 percent(share.model if share else None), percent(share.kept if share else None),
                 percent(share.kept_above_chance if share else None), number(near.get("kl")), percent(near.get("top1")),
                 number(speed.get("decode_tokens_per_s"), 1),
             )
         )  # fmt: skip
     columns = (
-        "model", "files", "bits/weight", "bits/parameter", "saved", f"perplexity ({protocol or 'none'})", "mean acc",
-        "kept", "kept above chance", "KL", "top-1", "tokens/s",
+        "model", "files", "bits/weight", "bits/parameter", "saved",
+        *(() if protocol is None else (f"perplexity ({protocol})",)), "mean acc", "kept", "kept above chance", "KL", "top-1",
+        "tokens/s",
     )  # fmt: skip
     return Table(columns, rows)
 

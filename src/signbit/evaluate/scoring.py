@@ -17,7 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from signbit.errors import OptionError, WeightError
-from signbit.evaluate.kept import cache_folder, digest
+from signbit.evaluate.kept import append_lines, cache_folder, digest, read_lines
 
 #: (context, continuation).
 Pair = tuple[str, str]
@@ -49,17 +49,13 @@ class Answers:
 
     def _read(self, file: Path) -> None:
         machine: dict[str, str] = {}
-        for line in file.read_bytes().split(b"\n"):
-            try:
-                found = json.loads(line)
-                if isinstance(found, dict):
-                    machine = found["measured_on"]
-                    continue
-                key, logprob, greedy = found
-            except (ValueError, KeyError):
-                continue  # the end of a line that a killed run did not finish: it is asked again
-            self._known[str(key)] = float(logprob), bool(greedy)
-            self._given_on[str(key)] = machine
+        for found in read_lines(file):
+            match found:
+                case {"measured_on": dict(recorded)}:
+                    machine = recorded
+                case [str(key), float(logprob), bool(greedy)]:
+                    self._known[key] = logprob, greedy
+                    self._given_on[key] = machine
 
     @staticmethod
     def key(pair: Pair) -> str:
@@ -88,17 +84,8 @@ class Answers:
         self._given_on.update(dict.fromkeys(named, self._machine))
         if self._file is None:
             return
-        # Each begins with the end of the line before it, so that it stands alone whatever a killed run left there.
         values = ({"measured_on": self._machine}, *([key, *answer] for key, answer in named.items()))
-        lines = "".join("\n" + json.dumps(value) for value in values)
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("ab") as stream:
-                stream.write(lines.encode())
-        except OSError as error:
-            raise OptionError(
-                f"answers cannot be kept in {self._file} ({error.strerror}); name another place with SIGNBIT_CACHE"
-            ) from error
+        append_lines(self._file, values, "answers")
 
 
 def answers_path(model: dict[str, str], protocol: dict[str, Any]) -> Path:

@@ -23,7 +23,7 @@ from signbit.data import (
 )
 from signbit.data import write_teacher_logits as write
 from signbit.data.corpus import file_digest
-from signbit.errors import DataError, OptionError, WeightError
+from signbit.errors import DataError, OptionError, StructureError, WeightError
 from signbit.evaluate.kept import cache_folder, digest
 from signbit.evaluate.machines import forced_kernels
 from signbit.hub.subject import Where
@@ -82,8 +82,9 @@ def text_tokens(tokenizer: Any, text: str, data_dir: str | None, limit: int) -> 
     return token_file(tokenizer, replace(source, max_tokens=source.max_tokens or limit), folder, data_dir)
 
 
-def _blocks(model: Any, file: TokenFile, length: int) -> Blocks:
-    limit = getattr(model.config, "max_position_embeddings", None)
+def check_block(config: Any, file: TokenFile, length: int) -> None:
+    """Raises OptionError or DataError if a model of this configuration, or the text, has no block of `length` tokens."""
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise OptionError(f"--block is {length} tokens, and the model has {limit} positions; give a smaller one")
     if file.tokens < length:
@@ -91,6 +92,10 @@ def _blocks(model: Any, file: TokenFile, length: int) -> Blocks:
             f"{file.source} has {file.tokens} tokens, fewer than one block of {length}; give a longer text, or a smaller "
             "--block"
         )
+
+
+def _blocks(model: Any, file: TokenFile, length: int) -> Blocks:
+    check_block(model.config, file, length)
     return Blocks([file], length)
 
 
@@ -113,7 +118,8 @@ def agreement(
     of a model and itself it is some 1e-5). `teacher` loads the model whose hash is `teacher_sha256`, which runs as `where`
     says; it is not called if answers that it gave so, to this version of signbit and by the same kernels where
     SIGNBIT_CPU or SIGNBIT_CUDA name them, are there, unless `again`.
-    Raises DataError if the text is shorter than a block, OptionError for another vocabulary.
+    Raises DataError if the text is shorter than a block, OptionError if the model's positions are fewer, StructureError
+    for another vocabulary.
     """
     blocks = _blocks(model, file, length)
     vocabulary = _logits(model, blocks[0]["input_ids"][:1]).shape[-1]
@@ -121,7 +127,7 @@ def agreement(
     path = _answers(teacher, teacher_sha256, file, length, top, progress, where or Where(), again)
     taught = TaughtBlocks(blocks, read_teacher_logits(path))
     if taught.logits.vocabulary != vocabulary:
-        raise OptionError(
+        raise StructureError(
             f"{teacher_name} answers with {taught.logits.vocabulary} tokens and the model with {vocabulary}; compare models "
             "of one vocabulary"
         )
@@ -169,7 +175,7 @@ def exact_agreement(
 ) -> Agreement:
     """`model` beside `reference`, both in memory: KL(reference ‖ model) over the whole vocabulary.
 
-    Raises DataError and OptionError as `agreement` does.
+    Raises as `agreement` does.
     """
     blocks = _blocks(model, file, length)
     rows = []
@@ -177,7 +183,7 @@ def exact_agreement(
         ids = blocks[index]["input_ids"]
         mine, its = _logits(model, ids).float(), _logits(reference, ids).float()
         if mine.shape != its.shape:
-            raise OptionError(
+            raise StructureError(
                 f"{name} answers with {its.shape[-1]} tokens and the model with {mine.shape[-1]}; compare models of one "
                 "vocabulary"
             )

@@ -16,7 +16,7 @@ from typing import Any
 from signbit.data import PROTOCOLS, read_set, read_text_file
 from signbit.errors import FormatError, OptionError, SignbitError
 from signbit.evaluate.facts import Facts
-from signbit.evaluate.kept import digest, keep, recall
+from signbit.evaluate.kept import KeptWindows, digest, drop_parts, keep, recall
 from signbit.evaluate.machines import forced_kernels, here, joined, what
 from signbit.evaluate.perplexity import TextOptions
 from signbit.evaluate.size import dense_size, measure_size
@@ -65,8 +65,13 @@ class Subject:
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 over the digests of its files, as `signbit eval --json` has it."""
-        load_config(base_of(self.place) or self.place, packed=True)  # which says what is wrong with a place
+        _ = self.config  # which says what is wrong with a place
         return hashlib.sha256(repr(sorted(model_digests(self.place).items())).encode()).hexdigest()
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """Its configuration, of an adapter that of the model that it stands beside."""
+        return load_config(base_of(self.place) or self.place, packed=True)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -103,13 +108,23 @@ class Subject:
         self.record(what(kind, found), machine)
 
     def recall(self, kind: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
-        """What is kept of this model under a protocol (JSON values); None where there is nothing, or with `again`."""
-        kept = None if self.again else recall(self.sha256, self._key(kind, protocol))
-        if kept is None:
+        """What is kept of this model under a protocol (JSON values); None where there is nothing.
+
+        With `again` there is nothing, and what a killed measurement left goes.
+        """
+        key = self._key(kind, protocol)
+        if self.again:
+            drop_parts(self.sha256, key)
+            return None
+        if (kept := recall(self.sha256, key)) is None:
             return None
         found, machine = kept
         self.record(what(kind, found), machine)
         return dict(found)
+
+    def windows(self, protocol: dict[str, Any], place: int = 0) -> KeptWindows:
+        """What a killed measurement of a perplexity found here; `place` is that of this process among several."""
+        return KeptWindows(self.sha256, self._key("perplexity", protocol), here(self.where.device), place)
 
     def known(self, kind: str, protocol: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is kept of this model under a protocol (JSON values), else what `measure` finds, which is then kept."""
@@ -159,6 +174,22 @@ def perplexity_protocol(
     elif data_dir is not None:
         protocol["text"] = digest(read_set(PROTOCOLS[name], data_dir).documents)
     return protocol
+
+
+def measured_as(found: dict[str, Any], protocol: dict[str, Any]) -> bool:
+    """Whether a perplexity (JSON values) was measured under a `perplexity_protocol`.
+
+    A file is known by its text; a named set by its name, and by its text where both were local. An older signbit wrote
+    no protocol beside the label: what stands before the label's additions decides, and how many windows it names.
+    """
+    name, limit, asked = protocol["protocol"], protocol["max_windows"], found.get("asked")
+    if asked is None:
+        label, *additions = found["protocol"].split(", ")
+        cut = [words.split(" of ")[0] for words in additions if words.startswith("first ")]
+        return label == Path(name).name and cut == ([] if limit is None else [f"first {limit}"])
+    if asked["protocol"] != name and {asked["protocol"], name} & PROTOCOLS.keys():
+        return False
+    return all(asked[key] == protocol[key] for key in (asked.keys() & protocol.keys()) - {"protocol"})
 
 
 def tokenizer_place(model: str) -> str:
