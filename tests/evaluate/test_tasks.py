@@ -753,7 +753,11 @@ def test_a_killed_command_goes_on_where_it_was(stories, tmp_path, monkeypatch, c
     command = ["eval", stories, "--requests", str(tmp_path / "r.jsonl")]
     process = subprocess.Popen([sys.executable, "-m", "signbit", *command], env=dict(os.environ))
     folder, deadline = tmp_path / "cache" / "answers", time.monotonic() + 120
-    while not any(folder.glob("*.jsonl")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not any(file.stat().st_size for file in folder.glob("*.jsonl"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

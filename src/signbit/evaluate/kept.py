@@ -72,10 +72,11 @@ def append_lines(path: Path, values: Iterable[Any], what: str) -> None:
 
     Each begins with the end of the line before it, so that it stands alone whatever a killed run left there.
     """
+    lines = "".join("\n" + json.dumps(value) for value in values).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as stream:
-            stream.write("".join("\n" + json.dumps(value) for value in values).encode())
+            stream.write(lines)
     except OSError as error:
         raise _unwritten(what, path, error) from error
 
