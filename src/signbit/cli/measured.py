@@ -63,7 +63,10 @@ def measured(models: Sequence[Subject], args: Any, has_teacher: bool) -> tuple[l
     options = {field.name: getattr(args, field.name) for field in fields(args)}
     requests = tasks.requests(SimpleNamespace(**options, export_requests=None), place)
     teacher = models[-1] if has_teacher else None
-    known = {facts.model_sha256: facts for facts in read if facts.model_sha256 is not None}
+    known: dict[str, Facts] = {}
+    for facts in read:
+        if (sha256 := facts.model_sha256) is not None:
+            known[sha256] = known[sha256].with_found(facts) if sha256 in known else facts
     _read_texts(models, known, teacher, protocols, args)
     # First, while no other model takes memory.
     speeds = [None if "speed" in args.skip else _speed(subject, known.get(subject.sha256)) for subject in models]
