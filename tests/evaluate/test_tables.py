@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.evaluate.test_tasks import ROWS, evaluated, write_rows
@@ -12,7 +13,6 @@ from tests.families import llama, opt
 from signbit.cli import main
 from signbit.errors import OptionError
 from signbit.evaluate.table import Column, compared, parsed, read_table, rows, table_names
-from signbit.train.recipe import recipe_names
 
 TABLES = {
     "bitnet": 11, "bitnet-ablation": 4, "fbi-llm": 16, "onebit": 26, "onebit-loss": 3, "onebit-released": 4,
@@ -59,25 +59,61 @@ def places(tmp_path_factory, tokenizer):
 
 
 def commands():
+    """Each sequence of commands that makes weights, once."""
     for name in TABLES:
         for model, where in read_table(name).weights.items():
-            for command in where.partition(" (")[0].split("; ") if " " in where else ():
-                yield pytest.param(command, id=f"{name}-{model}-{command.split()[1]}")
+            if " " in where:
+                yield pytest.param(where.partition(" (")[0], id=f"{name}-{model}")
 
 
-@pytest.mark.parametrize("command", list({p.values[0]: p for p in commands()}.values()))
-def test_commands_that_make_weights_parse(command, places, tmp_path, capsys):
-    signbit, verb, *words = shlex.split(command)
-    assert signbit == "signbit"
-    if verb == "quantize":
-        family = "opt" if "opt" in words[0] else "llama"
-        flags = [str(places / family), *words[1:], "--dry-run"]
-        flags = ["8" if flag == "128" else flag for flag in flags]  # a group that divides 32 and 64
-        assert main([verb, *flags]) == 0, capsys.readouterr().err
-    elif "--recipe" in words:
-        assert words[words.index("--recipe") + 1] in recipe_names(verb)
-    else:
-        assert verb in ("import", "pack")
+@pytest.fixture
+def instant(monkeypatch, tmp_path):
+    """What takes long in making weights only looks for what it is given, and leaves files of that name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TEXT", "FILES", "CHECKPOINT"):  # the user's own
+        Path(name).touch()
+
+    def left(of, path):
+        for name in of:
+            assert Path(name).exists(), f"{name} is not there: {sorted(p.name for p in Path().iterdir())}"
+        Path(path).touch()
+
+    def train(recipe, out, *_):
+        left(recipe.data, out)
+        return Path(out)
+
+    def self_generate(model, tokenizer, out, *_):
+        left((), out)
+        return SimpleNamespace(path=out, documents=1, tokens=1)
+
+    def pack(run, out, *_):
+        left((run,), out)
+        return out, 0
+
+    def convert(source, out, *_):
+        left((source,), out)
+        return out, SimpleNamespace()
+
+    monkeypatch.setattr("signbit.hub.distill.train", train)
+    monkeypatch.setattr("signbit.hub.distill.pack", pack)
+    monkeypatch.setattr("signbit.data.self_generate", self_generate)
+    monkeypatch.setattr("signbit.interop.convert.convert", convert)
+    monkeypatch.setattr("signbit.cli.importing.print_report", lambda report: None)
+    for load in ("load_any", "load_tokenizer"):
+        monkeypatch.setattr(f"signbit.hub.load.{load}", lambda *_: None)
+
+
+@pytest.mark.parametrize("sequence", list({p.values[0]: p for p in commands()}.values()))
+def test_commands_that_make_weights_have_what_they_need(sequence, places, instant, capsys):
+    for command in sequence.split("; "):
+        signbit, verb, *words = shlex.split(command)
+        assert signbit == "signbit"
+        if verb == "quantize":
+            family = "opt" if "opt" in words[0] else "llama"
+            words = [str(places / family), *words[1:], "--dry-run"]
+            words = ["8" if word == "128" else word for word in words]  # a group that divides 32 and 64
+        assert main([verb, *words]) == 0, capsys.readouterr().err
+    assert verb == "quantize" or Path("DIR").exists()
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +213,27 @@ def test_columns_can_be_chosen_and_requests_scored(places, data, tmp_path, monke
     (ours,) = (line["ours"] for line in found["table"]["models"] if line["ours"] is not None)
     assert [value is not None for value in ours] == [True, True, *[False] * 9]
     assert [line["ours"] for line in scored["table"]["models"]] == [line["ours"] for line in found["table"]["models"]]
+    assert main(["eval", "--table", "onebit", "--model", f"llama-7b={places / 'llama'}", "--requests", asked]) == 1
+    assert "asked.jsonl was written for --prompt-bos tokenizer, and the table onebit" in capsys.readouterr().err
     lines = [json.loads(line) for line in Path(asked).read_text().splitlines()]
     lines[0]["tasks"][0]["few_shot"] = 5
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["eval", "--table", "fbi-llm", "--model", model, "--requests", str(tmp_path / "other.jsonl")]
     assert main(command) == 1
     assert "piqa is asked with 5 examples in the file of --requests, and with 0 in" in capsys.readouterr().err
+
+
+def test_requests_of_a_table_are_scored_with_its_bos_wherever(places, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+    asked, model = str(tmp_path / "asked.jsonl"), str(places / "llama")
+    table = ["eval", "--table", "onebit", "--tasks", "piqa", "--data-dir", str(data)]
+    assert main([*table, "--export-requests", asked]) == 0
+    capsys.readouterr()
+    there, _ = evaluated(["eval", model, "--requests", asked], tmp_path / "there.json", capsys)
+    here, _ = evaluated([*table, "--model", f"llama-7b={model}"], tmp_path / "here.json", capsys)
+    (run,), (same,) = there["tasks"], here["tasks"]
+    assert run["protocol"]["bos"] == same["protocol"]["bos"] == "nothing before a prompt"
+    assert same["texts_from_disk"] == same["texts"] == run["texts"]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +259,17 @@ def test_errors_say_what_is_allowed(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def made_text(**changes):
+    """A table of one model, in TOML, with other values of some keys."""
+    keys = {"about": "'x'", "paper": "'y'", "columns": "{a = 'piqa acc'}", "published": "{m = [1]}", **changes}
+    return "\n".join(f"{key} = {value}" for key, value in keys.items())
+
+
+def test_a_table_of_ones_own_says_how_it_is_asked():
+    table = parsed(made_text(few_shot="5", prompt_bos="'yes'", weights="{m = 'a/b'}"), "t.toml")
+    assert (table.few_shot, table.prompt_bos, table.hub_id("m")) == (5, "yes", "a/b")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -220,6 +282,18 @@ def test_errors_say_what_is_allowed(flags, message, capsys):
             "m in the table t.toml needs 1 numbers",
         ),
         ("about='x'\npaper='y'\n[columns]\na='mean'\n[published]\nm=[1]\n[weights]\nn='x'", "weights of n are"),
+        (made_text(few_shot="'five'"), "few_shot of the table t.toml is 'five'; a whole number from 0"),
+        (made_text(few_shot="1.5"), "few_shot of the table t.toml is 1.5"),
+        (made_text(few_shot="-1"), "few_shot of the table t.toml is -1"),
+        (made_text(few_shot="true"), "few_shot of the table t.toml is True"),
+        (made_text(prompt_bos="'maybe'"), "prompt_bos of the table t.toml is 'maybe'; allowed are tokenizer, yes, no"),
+        (made_text(prompt_bos="false"), "prompt_bos of the table t.toml is False"),
+        (made_text(weights="'abc'"), "weights of the table t.toml is 'abc'; [weights] with a line a model"),
+        (made_text(weights="{m = 5}"), "weights of m in the table t.toml is 5; a hub id, or the commands"),
+        (made_text(weights="{m = ''}"), "weights of m in the table t.toml is ''"),
+        (made_text(published="{m = [nan]}"), "m in the table t.toml needs 1 numbers"),
+        (made_text(published="{m = [inf]}"), "m in the table t.toml needs 1 numbers"),
+        (made_text(published="{m = [true]}"), "m in the table t.toml needs 1 numbers"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(text, message):

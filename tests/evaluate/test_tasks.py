@@ -301,10 +301,10 @@ def test_mmlu_has_its_categories_and_a_missing_subject_is_named(stories, tmp_pat
     write_rows(tmp_path, f"mmlu/{last}/test.jsonl", [ROWS["mmlu_anatomy"][1]])
     monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
     found, printed = evaluated(
-        ["eval", stories, "--tasks", "mmlu", "--data-dir", str(tmp_path)], tmp_path / "mmlu.json", capsys
+        ["eval", stories, "--tasks", "mmlu,mmlu_stem", "--data-dir", str(tmp_path)], tmp_path / "mmlu.json", capsys
     )
     results = {result["name"]: result for result in found["tasks"][0]["results"]}
-    assert len(results) == 5 + 57
+    assert len(found["tasks"][0]["results"]) == len(results) == 5 + 57  # mmlu_stem once
     assert "57 lines of single tasks are in the file of --json" in printed.out and "mmlu_humanities" in printed.out
     for group in groups:
         right = sum(results[task]["values"]["acc"] * results[task]["documents"] for task in group.tasks)
@@ -602,6 +602,111 @@ def test_requests_travel_in_a_file(rows_dir, tmp_path):
             read_requests(tmp_path / "bad.jsonl")
     with pytest.raises(OptionError, match=r"let the name end in \.jsonl"):
         asked.write(tmp_path / "r.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "value", "message"),
+    [
+        (1, ("tasks",), "t0", "tasks is 't0', not a list"),
+        (1, ("tasks",), [], "tasks is empty"),
+        (1, ("tasks", 0), "t0", "a task is an object, not 't0'"),
+        (1, ("tasks", 1, "name"), "t0", "tasks: 't0' is there twice"),
+        (1, ("tasks", 0, "name"), 5, "name of a task is 5, not a text"),
+        (1, ("tasks", 0, "kind"), "guess", "kind of t0 is 'guess'; there are choice, continuation"),
+        (1, ("tasks", 0, "documents"), "many", "documents of a task is 'many', not a whole number from 0"),
+        (1, ("tasks", 0, "few_shot"), True, "few_shot of a task is True"),
+        (1, ("tasks", 0, "metrics"), "acc", "metrics of a task is 'acc', not a list of texts"),
+        (1, ("tasks", 0, "metrics"), ["acc", "foo"], "metrics of t0: 'foo' is none of acc, acc_norm"),
+        (1, ("tasks", 0, "metrics"), [], "metrics of t0 is empty"),
+        (1, ("tasks", 0, "shots"), 5, "'shots' is no field of a task, which has name, kind"),
+        (1, ("groups",), None, "groups is None, not a list"),
+        (1, ("groups", 0, "metrics"), 5, "metrics of a group is 5, not a list of texts"),
+        (1, ("groups", 0, "metrics"), ["f1"], "metrics of all: 'f1' is none of acc"),
+        (1, ("groups", 0, "tasks"), [], "tasks of all is empty"),
+        (1, ("groups", 0, "tasks"), ["t0", "t9"], "tasks of all: 't9' is none of t0, t1"),
+        (1, ("groups", 0, "name"), "t1", "tasks and groups: 't1' is there twice"),
+        (1, ("groups", 0, "suite"), "no", "suite of a group is 'no', not true or false"),
+        (1, ("harness",), None, "harness is None, not a text"),
+        (1, ("limit",), 0, "limit is 0, not null or a whole number from 1"),
+        (1, ("prompt_bos",), "maybe", "prompt_bos is 'maybe'; allowed are tokenizer, yes, no"),
+        (2, (), [], r"a question is an object, not \[\]"),
+        (2, (), {"task": "t0"}, "a question has no document, pairs"),
+        (3, ("task",), "t9", "task is 't9', which is none of t0, t1"),
+        (3, ("document",), 0, "document 0 of t0 is there twice"),
+        (3, ("document",), 2, "document is 2, and t0 has 2"),
+        (3, ("pairs",), [["a", "b"], ["a"]], "pairs of a question is .*, not a list of pairs of texts"),
+        (3, ("pairs",), [["a", "b"], ["a", 1]], "pairs of a question is .*, not a list of pairs of texts"),
+        (3, ("gold",), [], "gold is empty"),
+        (3, ("gold",), [0, 0], "gold: 0 is there twice"),
+        (3, ("gold",), [2], r"gold is \[2\], and there are 2 pairs"),
+        (3, ("lengths",), ["a", "b"], "lengths of a question is .*, not a list of whole numbers from 0"),
+        (3, ("lengths",), [1], "lengths: there are 1 for 2 pairs"),
+        (6, ("pairs",), [["a", "b"], ["a", "c"]], "pairs: there are 2 in a task of kind continuation"),
+    ],
+)
+def test_a_changed_file_of_requests_is_refused(line, where, value, message, tmp_path):
+    asked = made_requests((2, 2), (Group("all", ("t0", "t1")),))
+    spoken = Task("c", "continuation", ("acc", "perplexity"), 0, "1", 1, "here")
+    asked = replace(
+        asked, tasks=(*asked.tasks, spoken), questions=(*asked.questions, Question("c", 0, (("a", "b"),))), limit=2
+    )
+    file = tmp_path / "r.jsonl"
+    asked.write(file)
+    assert read_requests(file) == asked
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    parent, *keys = [lines, line - 1, *where]
+    for key in keys[:-1]:
+        parent = parent[key]
+    parent[keys[-1]] = value
+    file.write_text("".join(json.dumps(value) + "\n" for value in lines))
+    with pytest.raises(DataError, match=rf"r\.jsonl, line {line}: not as requests are written \({message}"):
+        read_requests(file)
+
+
+def test_what_stands_before_a_prompt_travels_with_the_requests(stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "cache"))
+    asked = made_requests((2,), ())
+    for name, bos in (("no", "no"), ("open", None)):
+        replace(asked, prompt_bos=bos).write(tmp_path / f"{name}.jsonl")
+    head, *rest = (tmp_path / "open.jsonl").read_text().splitlines()
+    old = {key: value for key, value in json.loads(head).items() if key != "prompt_bos"}
+    (tmp_path / "old.jsonl").write_text("\n".join([json.dumps(old), *rest]) + "\n")
+    found = {}
+    for name, *flags in (("no",), ("no", "no"), ("open",), ("open", "no"), ("old",), ("old", "no")):
+        command = ["eval", stories, "--requests", str(tmp_path / f"{name}.jsonl")]
+        command += ["--prompt-bos", *flags] if flags else []
+        (run,) = evaluated(command, tmp_path / "found.json", capsys)[0]["tasks"]
+        found[(name, *flags)] = run["protocol"]["bos"] == "nothing before a prompt"
+    assert [*found.values()] == [True, True, False, True, False, True]
+    assert main(["eval", stories, "--requests", str(tmp_path / "no.jsonl"), "--prompt-bos", "yes"]) == 1
+    assert (
+        "no.jsonl was written for --prompt-bos no, and --prompt-bos says yes; leave that out" in capsys.readouterr().err
+    )
+
+
+def test_a_document_without_a_right_choice_is_refused(tmp_path):
+    from signbit.evaluate.harness import harness_requests
+
+    place, row, _, _ = ROWS["piqa"]
+    write_rows(tmp_path, place, [row, {**row, "label": -1}])
+    with pytest.raises(DataError, match="piqa, document 1: none of its choices is the right one"):
+        harness_requests(["piqa"], tmp_path)
+
+
+def test_both_tasks_of_lambada_need_files_of_their_own(tmp_path):
+    from signbit.evaluate.harness import harness_requests
+
+    place, row, _, _ = ROWS["lambada_openai"]
+    write_rows(tmp_path, place, [row])
+    with pytest.raises(
+        DataError,
+        match=r"test of lambada_standard; it is looked for as lambada_standard/test\{.*; lambada names several tasks, each",
+    ):
+        harness_requests(["lambada"], tmp_path)
+    write_rows(tmp_path, "lambada_standard/test.jsonl", [{"text": row["text"].lower()}])
+    openai, standard = harness_requests(["lambada"], tmp_path).questions
+    assert (openai.task, standard.task) == ("lambada_openai", "lambada_standard")
+    assert standard.pairs != openai.pairs
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ class MeasureOptions:
     """Solved examples in each prompt; default: as the task says, mostly 0."""
     limit: int | None = None
     """Only the first documents of each task."""
-    prompt_bos: Literal["tokenizer", "yes", "no"] = "tokenizer"
-    """Whether the beginning-of-sequence token stands before a prompt of a task."""
+    prompt_bos: Literal["tokenizer", "yes", "no"] | None = None
+    """Whether the beginning-of-sequence token stands before a prompt of a task; default: as the file of --requests says,
+    else as the tokenizer does it."""
     requests: str | None = None
     """Score the requests of this file in place of --tasks; it needs no lm-eval."""
     results: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -44,7 +44,6 @@ def applied(args: Any) -> tuple[Any, Table | None, dict[str, str]]:
         places, ppl = [], []
     elif not models:  # nothing is measured
         tasks, ppl = [], []
-    bos = found.prompt_bos if args.prompt_bos == "tokenizer" else args.prompt_bos
     args = replace(
         args,
         model=places[0] if places else None,
@@ -52,7 +51,7 @@ def applied(args: Any) -> tuple[Any, Table | None, dict[str, str]]:
         tasks=",".join(tasks) or None,
         ppl=",".join(ppl) or None,
         few_shot=found.few_shot if tasks else None,
-        prompt_bos=bos,
+        prompt_bos=args.prompt_bos or found.prompt_bos,
     )
     return args, found, models
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,7 @@ def requests(args: Any, place: Place) -> Requests | None:
     if args.requests is not None:
         if args.limit is not None:
             raise OptionError("--limit was settled when the requests were written; export them anew with it")
-        from signbit.evaluate.requests import read_requests
-
-        return read_requests(args.requests)
+        return _from_file(args)
     if args.tasks is None:
         return None
     from signbit.evaluate.harness import harness_requests
@@ -89,6 +88,7 @@ def requests(args: Any, place: Place) -> Requests | None:
         found = harness_requests(names, args.data_dir, args.few_shot, args.limit, say, step)
     finally:
         bars.close()
+    found = replace(found, prompt_bos=args.prompt_bos)
     if args.export_requests is not None and place.main:
         found.write(args.export_requests)
         pairs = {pair for question in found.questions for pair in question.pairs}
@@ -97,6 +97,21 @@ def requests(args: Any, place: Place) -> Requests | None:
             f"score, by {found.harness}; signbit eval MODEL --requests {args.export_requests} scores them"
         )
     return found
+
+
+def _from_file(args: Any) -> Requests:
+    """What the file of --requests asks; raises OptionError if it is to be asked with another BOS than it was written for."""
+    from signbit.evaluate.requests import read_requests
+
+    found = read_requests(args.requests)
+    asked = args.prompt_bos or found.prompt_bos
+    if found.prompt_bos not in (None, asked):
+        said = f"the table {args.table} or --prompt-bos" if getattr(args, "table", None) else "--prompt-bos"
+        raise OptionError(
+            f"{args.requests} was written for --prompt-bos {found.prompt_bos}, and {said} says {asked}; leave that out, or "
+            f"export the requests anew with --prompt-bos {asked}"
+        )
+    return replace(found, prompt_bos=asked)
 
 
 def answered(model: Any, tokenizer: Any, of: Subject, requests: Requests, args: Any, place: Place) -> dict[str, Any]:
@@ -110,7 +125,8 @@ def answered(model: Any, tokenizer: Any, of: Subject, requests: Requests, args: 
     from signbit.hub.subject import model_digests
     from signbit.linear import get_activations
 
-    encoder, name = Encoder(tokenizer, args.prompt_bos), of.place
+    bos = requests.prompt_bos or "tokenizer"
+    encoder, name = Encoder(tokenizer, bos), of.place
     protocol = {
         "signbit": VERSION,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -119,7 +135,7 @@ def answered(model: Any, tokenizer: Any, of: Subject, requests: Requests, args: 
         "bos": encoder.described(),
         "positions": positions(model, tokenizer),
     }
-    path = answers_path(model_digests(name), {**protocol, "prompt_bos": args.prompt_bos, **forced_kernels()})
+    path = answers_path(model_digests(name), {**protocol, "prompt_bos": bos, **forced_kernels()})
     answers = Answers(path, place.index, here(str(next(model.parameters()).device)))
     bars, begin = Bars(), time.perf_counter()
 

@@ -65,8 +65,11 @@ def _rows(path: Path) -> Any:
         return datasets.Dataset.from_list([row for _, row in json_lines(path)])
 
 
-def _local(config: dict[str, Any], data_dir: Path, shots: int) -> tuple[dict[str, Any], str]:
-    """What to change in a task's configuration so that it reads local files, and the file of its documents."""
+def _local(config: dict[str, Any], data_dir: Path, shots: int, named: str) -> tuple[dict[str, Any], str]:
+    """What to change in a task's configuration so that it reads local files, and the file of its documents.
+
+    `named` is the name under which the task was asked for: its own, a group's or a tag's.
+    """
     task = config["task"]
     examples = config.get("fewshot_config") or {}
     keys = ("test_split", "validation_split", "training_split", "fewshot_split")
@@ -87,6 +90,11 @@ def _local(config: dict[str, Any], data_dir: Path, shots: int) -> tuple[dict[str
             raise DataError(
                 f"{data_dir} has no file for {split} of {task}{why}; it is looked for as "
                 f"{place(task, split)}{{{','.join(_SUFFIXES)}}}. Without --data-dir it comes from the hub"
+                + (
+                    f"; {named} names several tasks, each of which can be asked by its own name"
+                    if named != task
+                    else ""
+                )
             )
     there = {split: path for split, path in files.items() if path is not None}
     changes: dict[str, Any] = {key: split if split in there else None for key, split in splits.items()}
@@ -173,22 +181,24 @@ def harness_requests(
     plain, suites = chosen(names)
     manager = _manager(plain)
     groups: list[Group] = []
-    wanted: dict[str, dict[str, Any]] = {}
+    wanted: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in plain:
         for member in _expand(manager, name, groups):
-            wanted.setdefault(member["task"], member)
+            wanted.setdefault(member["task"], (name, member))
     tasks, questions = [], []
-    for done, (name, changes) in enumerate(wanted.items()):
+    for done, (name, (named, changes)) in enumerate(wanted.items()):
         progress(done, len(wanted), name)
-        task, asked = _task(manager, name, changes, data_dir, few_shot, limit, note)
+        task, asked = _task(manager, name, named, changes, data_dir, few_shot, limit, note)
         tasks.append(task)
         questions += asked
-    return Requests(f"lm-eval {version('lm_eval')}", limit, tuple(tasks), (*groups, *suites), tuple(questions))
+    averaged = tuple(dict.fromkeys((*groups, *suites)))  # mmlu has mmlu_stem, which may be named beside it
+    return Requests(f"lm-eval {version('lm_eval')}", limit, tuple(tasks), averaged, tuple(questions))
 
 
 def _task(
     manager: Any,
     name: str,
+    named: str,
     changes: dict[str, Any],
     data_dir: str | Path | None,
     few_shot: int | None,
@@ -203,7 +213,7 @@ def _task(
         shots = 0
     source = f"hub: {config.get('dataset_path')}" + (f" ({n})" if (n := config.get("dataset_name")) else "")
     if data_dir is not None:
-        local, source = _local(config, Path(data_dir), shots)
+        local, source = _local(config, Path(data_dir), shots, named)
         changes = {**changes, **local}
     # A progress bar a task, 57 of them in MMLU; what is downloaded keeps its own.
     hidden = contextlib.redirect_stderr(io.StringIO())
@@ -258,7 +268,13 @@ def _questions(task: Any, name: str) -> list[Question]:
             choices = task.doc_to_choice(row)
             gold = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
             places = [choices.index(g) if g in choices else -1 for g in [gold]] if isinstance(gold, str) else gold
-            right = tuple(p for p in (places if isinstance(places, list) else [places]) if 0 <= p < len(pairs))
+            listed = places if isinstance(places, list) else [places]
+            right = tuple(dict.fromkeys(place for place in listed if 0 <= place < len(pairs)))
+            if not right:
+                raise DataError(
+                    f"{name}, document {document}: none of its choices is the right one ({gold!r:.40} is said to be); "
+                    "splits whose labels are hidden cannot be scored"
+                )
             question = replace(question, gold=right, lengths=tuple(map(len, choices)))
         questions.append(question)
     return questions

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from signbit.data.sources import JSON_LINES, json_lines, reading
 from signbit.errors import DataError, OptionError
@@ -26,6 +26,9 @@ SUITES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 #: What is counted, by the kind of a task.
 METRICS = {"choice": ("acc", "acc_norm"), "continuation": ("acc", "perplexity")}
+#: What stands before a prompt. tokenizer: special tokens as the tokenizer adds them. yes, no: the beginning-of-sequence
+#: token, or nothing.
+Bos = Literal["tokenizer", "yes", "no"]
 _FORMAT = 1
 
 
@@ -84,6 +87,8 @@ class Requests:
     tasks: tuple[Task, ...]
     groups: tuple[Group, ...]
     questions: tuple[Question, ...]
+    prompt_bos: Bos | None = None
+    """What is to stand before a prompt; None leaves it to who scores."""
 
     def write(self, path: str | Path) -> None:
         """One JSON object a line: what is asked, then a question each; packed if the name ends in .gz or .xz.
@@ -97,6 +102,7 @@ class Requests:
             "signbit_requests": _FORMAT,
             "harness": self.harness,
             "limit": self.limit,
+            "prompt_bos": self.prompt_bos,
             "tasks": [asdict(task) for task in self.tasks],
             "groups": [asdict(group) for group in self.groups],
         }
@@ -109,27 +115,117 @@ class Requests:
             raise OptionError(f"{path} cannot be written ({error.strerror})") from error
 
 
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return type(value) is int and value >= 0  # true is an int, too
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+#: Type of a field → what its JSON is called, and whether a value is such.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a text", _text),
+    "int": ("a whole number from 0", _number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "tuple[str, ...]": ("a list of texts", _list_of(_text)),
+    "tuple[int, ...]": ("a list of whole numbers from 0", _list_of(_number)),
+    "tuple[tuple[str, str], ...]": (
+        "a list of pairs of texts",
+        _list_of(lambda value: _list_of(_text)(value) and len(value) == 2),
+    ),
+}
+
+
+def _must(holds: object, what: str) -> None:
+    """Raises ValueError, which says `what` is wrong, unless it `holds`."""
+    if not holds:
+        raise ValueError(what)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
 def _made(cls: type, value: Any) -> Any:
-    """A dataclass of this file from its JSON, lists as tuples; raises TypeError, ValueError for what is not one."""
-    fields = {key: tuple(item) if isinstance(item, list) else item for key, item in dict(value).items()}
-    return cls(**fields)
+    """A dataclass of this file from its JSON, lists as tuples; raises ValueError, with the field, for what is not one."""
+    name = cls.__name__.lower()
+    _must(isinstance(value, dict), f"a {name} is an object, not {value!r:.80}")
+    types = {field.name: str(field.type) for field in fields(cls)}
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    _must(needed <= set(value), f"a {name} has no {', '.join(sorted(needed - set(value)))}")
+    for key, item in value.items():
+        _must(key in types, f"{key!r} is no field of a {name}, which has {', '.join(types)}")
+        called, fits = _TYPES[types[key]]
+        _must(fits(item), f"{key} of a {name} is {item!r:.80}, not {called}")
+    return cls(**{key: _frozen(item) for key, item in value.items()})
 
 
-def _question(value: Any, kinds: dict[str, str]) -> Question:
-    question = _made(Question, value)
-    pairs = tuple((str(context), str(continuation)) for context, continuation in question.pairs)
-    kind = kinds[question.task]
-    if not pairs or (kind == "continuation" and len(pairs) > 1):
-        raise ValueError(f"{len(pairs)} pairs in a task of kind {kind}")
-    if not all(0 <= place < len(pairs) for place in question.gold):
-        raise ValueError(f"gold is {list(question.gold)}, and there are {len(pairs)} pairs")
-    if kind == "choice" and len(question.lengths) != len(pairs):
-        raise ValueError(f"{len(question.lengths)} lengths for {len(pairs)} pairs")
-    return Question(question.task, int(question.document), pairs, question.gold, question.lengths)
+def _once(what: str, items: Sequence[Any]) -> None:
+    """Raises ValueError if there are no `items`, or one is there twice."""
+    _must(items, f"{what} is empty")
+    twice = next((item for item in items if items.count(item) > 1), None)
+    _must(twice is None, f"{what}: {twice!r} is there twice")
+
+
+def _check_task(task: Task) -> None:
+    _must(task.kind in METRICS, f"kind of {task.name} is {task.kind!r}; there are {', '.join(METRICS)}")
+    _once(f"metrics of {task.name}", task.metrics)
+    for metric in task.metrics:
+        allowed = METRICS[task.kind]
+        _must(metric in allowed, f"metrics of {task.name}: {metric!r} is none of {', '.join(allowed)}")
+
+
+def _check_group(group: Group, tasks: Sequence[str]) -> None:
+    known = list(dict.fromkeys(metric for metrics in METRICS.values() for metric in metrics))
+    for field, names, allowed in (("tasks", group.tasks, tasks), ("metrics", group.metrics, known)):
+        _once(f"{field} of {group.name}", names)
+        for name in names:
+            _must(name in allowed, f"{field} of {group.name}: {name!r} is none of {', '.join(allowed)}")
+
+
+def _question(value: Any, tasks: dict[str, Task]) -> Question:
+    question: Question = _made(Question, value)
+    _must(question.task in tasks, f"task is {question.task!r}, which is none of {', '.join(tasks)}")
+    task, pairs = tasks[question.task], len(question.pairs)
+    _must(question.document < task.documents, f"document is {question.document}, and {task.name} has {task.documents}")
+    if task.kind == "continuation":
+        _must(pairs == 1, f"pairs: there are {pairs} in a task of kind {task.kind}, which has one")
+        return question
+    _once("gold", question.gold)
+    _must(max(question.gold) < pairs, f"gold is {list(question.gold)}, and there are {pairs} pairs")
+    _must(len(question.lengths) == pairs, f"lengths: there are {len(question.lengths)} for {pairs} pairs")
+    return question
+
+
+def _head(value: dict[str, Any]) -> Requests:
+    """What the first line of a file says; the questions follow."""
+    for key in ("tasks", "groups"):
+        _must(isinstance(value.get(key), list), f"{key} is {value.get(key)!r:.80}, not a list")
+    tasks = [_made(Task, task) for task in value["tasks"]]
+    groups = [_made(Group, group) for group in value["groups"]]
+    _once("tasks", [task.name for task in tasks])
+    _once("tasks and groups", [part.name for part in (*tasks, *groups)])
+    for task in tasks:
+        _check_task(task)
+    for group in groups:
+        _check_group(group, [task.name for task in tasks])
+    harness, limit, bos = value.get("harness"), value.get("limit"), value.get("prompt_bos")
+    _must(_text(harness), f"harness is {harness!r:.80}, not a text")
+    _must(limit is None or (_number(limit) and limit > 0), f"limit is {limit!r:.80}, not null or a whole number from 1")
+    _must(bos in (None, *get_args(Bos)), f"prompt_bos is {bos!r:.80}; allowed are {', '.join(get_args(Bos))} and null")
+    return Requests(str(harness), limit, tuple(tasks), tuple(groups), (), bos)
 
 
 def read_requests(path: str | Path) -> Requests:
-    """The requests of a file that `Requests.write` made; raises DataError, with the line, if it is none or damaged."""
+    """The requests of a file that `Requests.write` made.
+
+    Raises DataError, with line and field, if it is none, damaged, or changed into what nobody can ask.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(
@@ -145,22 +241,20 @@ def read_requests(path: str | Path) -> Requests:
                 f"{path} is of format {head['signbit_requests']}, and this signbit reads {_FORMAT}; export it anew"
             )
         try:
-            tasks = tuple(_made(Task, task) for task in head["tasks"])
-            groups = tuple(_made(Group, group) for group in head["groups"])
-            kinds = {task.name: task.kind for task in tasks}
-            if unknown := set(kinds.values()) - set(METRICS):
-                raise ValueError(f"a task of kind {unknown.pop()}")
-            if unknown := {name for group in groups for name in group.tasks} - set(kinds):
-                raise ValueError(f"a group has the task {unknown.pop()}, which is not there")
-            questions = []
+            asked = _head(head)
+            tasks = {task.name: task for task in asked.tasks}
+            questions: dict[tuple[str, int], Question] = {}
             for at in lines:
                 number = at[0]
-                questions.append(_question(at[1], kinds))
-            asked = {question.task for question in questions}
-            if missing := [name for name in kinds if name not in asked]:
-                raise ValueError(f"no question of {missing[0]}")
-            return Requests(str(head["harness"]), head["limit"], tasks, groups, tuple(questions))
-        except (KeyError, TypeError, ValueError) as error:
+                question = _question(at[1], tasks)
+                place = question.task, question.document
+                _must(place not in questions, f"document {question.document} of {question.task} is there twice")
+                questions[place] = question
+            answered = {task for task, _ in questions}
+            missing = [name for name in tasks if name not in answered]
+            _must(not missing, f"there is no question of {', '.join(missing)}")
+            return replace(asked, questions=tuple(questions.values()))
+        except ValueError as error:
             raise DataError(f"{path}, line {number}: not as requests are written ({error}); export it anew") from error
 
 

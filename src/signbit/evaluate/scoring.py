@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from signbit.errors import OptionError, WeightError
 from signbit.evaluate.kept import append_lines, cache_folder, digest, read_lines
+from signbit.evaluate.requests import Bos
 
 #: (context, continuation).
 Pair = tuple[str, str]
@@ -25,7 +26,6 @@ Pair = tuple[str, str]
 Answer = tuple[float, bool]
 #: Called with (answers there, answers in all).
 Progress = Callable[[int, int], None]
-Bos = Literal["tokenizer", "yes", "no"]
 #: Padded tokens in a batch, to begin with; memory that runs out halves it.
 _CPU_TOKENS, _DEVICE_TOKENS = 2048, 65536
 

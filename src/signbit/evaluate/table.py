@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from signbit.data import PROTOCOLS
 from signbit.errors import OptionError
-from signbit.evaluate.requests import METRICS
+from signbit.evaluate.requests import METRICS, Bos
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,7 +46,7 @@ class Table:
     paper: str
     """Paper, arXiv number and number of the table."""
     few_shot: int
-    prompt_bos: str
+    prompt_bos: Bos
     columns: tuple[Column, ...]
     published: Mapping[str, tuple[float | None, ...]]
     """Model → a value a column; None where the paper gives none."""
@@ -114,10 +114,14 @@ def parsed(text: str, name: str) -> Table:
             raise OptionError(f"the table {name} has no {key}, as which a {kind.__name__} is needed")
     columns = tuple(_column(title, value, name) for title, value in found["columns"].items())
     published = {model: _values(model, values, len(columns), name) for model, values in found["published"].items()}
-    weights = found.get("weights", {})
+    weights = _weights(found.get("weights", {}), name)
     if stray := [model for model in weights if model not in published]:
         raise OptionError(f"the table {name} says where the weights of {stray[0]} are, which it has no figures of")
     few_shot, bos = found.get("few_shot", 0), found.get("prompt_bos", "tokenizer")
+    if type(few_shot) is not int or few_shot < 0:  # true is an int, too
+        raise OptionError(f"few_shot of the table {name} is {few_shot!r}; a whole number from 0 is needed")
+    if bos not in get_args(Bos):
+        raise OptionError(f"prompt_bos of the table {name} is {bos!r}; allowed are {', '.join(get_args(Bos))}")
     return Table(name.removesuffix(".toml"), found["about"], found["paper"], few_shot, bos, columns, published, weights)
 
 
@@ -138,9 +142,25 @@ def _column(title: str, value: Any, name: str) -> Column:
 def _values(model: str, values: Any, count: int, name: str) -> tuple[float | None, ...]:
     """Published numbers; raises OptionError unless there is one, or a "-", a column."""
     fits = isinstance(values, list) and len(values) == count
-    if not fits or not all(value == ABSENT or isinstance(value, (int, float)) for value in values):
+    if not fits or not all(value == ABSENT or _is_finite(value) for value in values):
         raise OptionError(f'{model} in the table {name} needs {count} numbers, one a column ("{ABSENT}" for none)')
     return tuple(None if value == ABSENT else float(value) for value in values)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _weights(found: Any, name: str) -> dict[str, str]:
+    """Where weights are; raises OptionError unless each model has a text that says it."""
+    if not isinstance(found, dict):
+        raise OptionError(f"weights of the table {name} is {found!r}; [weights] with a line a model is needed")
+    for model, where in found.items():
+        if not isinstance(where, str) or not where.strip():
+            raise OptionError(
+                f"weights of {model} in the table {name} is {where!r}; a hub id, or the commands that make them, is needed"
+            )
+    return found
 
 
 def compared(table: Table, measured: Mapping[str, Mapping[str, float]]) -> list[Compared]:
