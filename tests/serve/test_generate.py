@@ -35,7 +35,17 @@ def spaced():
     """A LLaMA tokenizer, which drops the blank before the first token that it decodes; <0x0A> is the end of a line."""
     from transformers import LlamaTokenizer
 
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "\u2581b"]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "\u2581b",
+    ]
     made = LlamaTokenizer(
         vocab={word: i for i, word in enumerate(words)}, merges=[("\u2581", "a"), ("\u2581", "b")], add_bos_token=True
     )
