@@ -96,6 +96,7 @@ class _Printer(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
         self.goes_on = goes_on
+        self.token_cache: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         before = [*self.token_cache, *value.flatten().tolist()][-_BEFORE:]
@@ -125,9 +126,10 @@ def generate(
 ) -> Generated:
     """Continues a text, or answers a list of chat messages through the tokenizer's chat template.
 
-    A continued text has the blank between the prompt and it, if there is one. Each piece of text goes to `write` as it comes. A KeyboardInterrupt ends the answer: what was written until then
-    is returned with `stopped`. Raises OptionError for an empty prompt, a prompt that leaves no room in the model's
-    context, or messages without a chat template.
+    A continued text begins with the blank between the prompt and it, if there is one. Each piece of text goes to `write`
+    as it comes. A KeyboardInterrupt ends the answer: what was written until then is returned with `stopped`. Raises
+    OptionError for an empty prompt, a prompt that leaves no room in the model's context, or messages without a chat
+    template.
     """
     options = options or GenerateOptions()
     if isinstance(prompt, str):
