@@ -7,15 +7,17 @@ A marker is a comment in the line before a block that tests do not run:
 """
 
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: docs/reports is what `signbit report` wrote, with the commands of that day.
+#: docs/reports is what `signbit report` wrote, with the commands of that day; docs/index.md says so.
 PAGES = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if "reports" not in page.relative_to(ROOT).parts),
+    *(ROOT / page for page in runpy.run_path(str(ROOT / "docs/hooks.py"))["BESIDE"]),
 ]
 
 SHELL, PYTHON = {"", "sh", "bash", "console"}, {"python", "py"}
@@ -108,7 +110,7 @@ def _in_list(lines: list[str], row: int) -> bool:
 
 
 def all_blocks() -> list[Block]:
-    """Those of README.md and docs/, in order."""
+    """Those of all pages, in order."""
     return [
         block for page in PAGES for block in blocks_of(page.read_text(encoding="utf-8"), str(page.relative_to(ROOT)))
     ]

@@ -1,6 +1,7 @@
 """What the site makes of the code: the command line's page and links as GitHub follows them. `make docs` builds it."""
 
 import importlib.util
+import re
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from signbit import cli
 from signbit.methods import METHODS
-from tests.docs.blocks import ROOT
+from tests.docs.blocks import PAGES, ROOT
 
 POSITIONAL = {"model", "models", "source", "prompt", "teacher", "run", "kind", "start", "a", "b"}
 
@@ -56,3 +57,12 @@ def test_a_help_in_which_no_option_is_found_is_an_error(hooks, monkeypatch):
 )
 def test_links_between_files_of_the_repository(hooks, here, written, leads_to):
     assert hooks.on_page_markdown(written, SimpleNamespace(file=SimpleNamespace(src_uri=here))) == leads_to
+
+
+def test_the_blocks_of_every_page_are_looked_at_but_those_of_the_reports(hooks):
+    sources = {page: ROOT / source for source, page in hooks.BESIDE.items()}
+    pages = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(pages) > 20 and set(sources) <= set(pages)
+    unseen = {page for page in pages if sources.get(page, ROOT / "docs" / page) not in PAGES}
+    said = (ROOT / "docs/index.md").read_text(encoding="utf-8").partition("Every block of commands")[2]
+    assert unseen == {"reports/smollm2/report.md"} == set(re.findall(r"\]\((\S+)\)", said))

@@ -876,41 +876,6 @@ def test_a_killed_command_goes_on_where_it_was(stories, tmp_path, monkeypatch, c
     assert went_on["tasks"][0]["results"] == fresh["tasks"][0]["results"]
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(stories, tmp_path, monkeypatch, capsys):
-    many_requests(tmp_path / "r.jsonl")
-    (tmp_path / "story.txt").write_text("Once upon a time there was a little girl who had a dog and a red ball. " * 40)
-    (tmp_path / "ends.py").write_text(
-        "import sys, torch.distributed\nfrom signbit.cli import main\ncode = main(sys.argv[1:])\n"
-        "assert not torch.distributed.is_initialized()\nsys.exit(code)\n"
-    )
-    command = ["eval", stories, "--requests", str(tmp_path / "r.jsonl")]
-    command += ["--ppl", str(tmp_path / "story.txt"), "--window", "64"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "ends.py")]
-    env = {**os.environ, "SIGNBIT_CACHE": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, *command, "--json", str(tmp_path / "two.json")],
-        env=env, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("of which") == 1
-    assert len(list((tmp_path / "two" / "answers").glob("*.jsonl"))) == 2
-    again = subprocess.run(
-        [sys.executable, *launch, *command, "--json", str(tmp_path / "again.json")],
-        env=env, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr[-2000:]
-    kept = json.loads((tmp_path / "again.json").read_text())["results"][0]
-    monkeypatch.setenv("SIGNBIT_CACHE", str(tmp_path / "one"))
-    one, _ = evaluated(command, tmp_path / "one.json", capsys)
-    two = json.loads((tmp_path / "two.json").read_text())
-    assert two["tasks"][0]["processes"] == 2
-    assert two["tasks"][0]["results"] == one["tasks"][0]["results"]
-    assert two["results"][0]["nll"] == one["results"][0]["nll"]
-    assert kept["kept"] and kept["nll"] == one["results"][0]["nll"], "both processes take what the first has"
-    assert two["results"][0]["windows"] == one["results"][0]["windows"] > 4
-
-
 @pytest.mark.parametrize(("requests", "code"), [("asked.jsonl", 0), ("none.jsonl", 1)])
 def test_processes_leave_their_group_at_the_end(requests, code, llama_dir, tmp_path, monkeypatch):
     left = []

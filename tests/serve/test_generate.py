@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -26,6 +28,74 @@ def test_the_text_is_streamed_in_pieces(model, tokenizer):
     result = generate(model, tokenizer, "w3", GenerateOptions(max_new_tokens=6), pieces.append)
     assert len([p for p in pieces if p]) > 1
     assert "".join(pieces) == result.text
+
+
+@pytest.fixture
+def spaced():
+    """A LLaMA tokenizer, which drops the blank before the first token that it decodes; <0x0A> is the end of a line."""
+    from transformers import LlamaTokenizer
+
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "\u2581b",
+    ]
+    made = LlamaTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[("\u2581", "a"), ("\u2581", "b")], add_bos_token=True
+    )
+    made.chat_template = "{{ messages[-1]['content'] }}"
+    return made
+
+
+def writes(words, tokenizer):
+    """A model that writes these tokens, one after the other."""
+
+    def generate(input_ids, streamer, stopping_criteria, **kwargs):
+        streamer.put(input_ids)
+        for i in tokenizer.convert_tokens_to_ids(words):
+            streamer.put(torch.tensor([i]))
+            stopping_criteria(input_ids, None)
+        streamer.end()
+
+    return SimpleNamespace(config=SimpleNamespace(), device="cpu", generate=generate)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["\u2581b", "\u2581a"], " b a"),
+        (["b", "\u2581a", "</s>"], "b a"),
+        (["<0x0A>", "</s>", "\u2581", "\u2581a", "<0x0A>", "\u2581b"], "\n  a\n b"),  # indented
+        (["<0xC3>", "<0xA9>", "\u2581b"], "\u00e9 b"),
+        (["<0xE4>", "<0xB8>", "<0xAD>", "\u2581b", "a"], "\u4e2d ba"),  # a Chinese character is written at once
+    ],
+)
+@pytest.mark.parametrize("prompt", ["a b", "a\n", "a " * 100 + "b", "\u00e9" * 70])
+def test_the_blanks_that_a_llama_writes_are_kept(spaced, prompt, words, text):
+    pieces = []
+    result = generate(writes(words, spaced), spaced, prompt, GenerateOptions(), pieces.append)
+    assert result.text == "".join(pieces) == text
+
+
+def test_an_answer_begins_without_the_blank_of_its_first_word(spaced):
+    model = writes(["\u2581b", "<0x0A>", "\u2581a", "</s>"], spaced)
+    assert generate(model, spaced, [{"role": "user", "content": "a"}]).text == "b\n a"
+
+
+def test_a_trained_llama_goes_on_from_its_prompt(stories):
+    from signbit.hub.load import load_any, load_tokenizer
+
+    model, tokenizer = load_any(stories), load_tokenizer(stories)
+    text = generate(model, tokenizer, "The weather was", GenerateOptions(max_new_tokens=40)).text
+    ids = model.generate(**tokenizer("The weather was", return_tensors="pt"), max_new_tokens=40, do_sample=False)[0]
+    assert f"The weather was{text}" == tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.startswith(" ")
 
 
 def test_a_seed_repeats(model, tokenizer):

@@ -147,7 +147,7 @@ th, td { padding: .38rem .6rem; border-bottom: 1px solid var(--line); text-align
 th { font-weight: 600; background: var(--shade); white-space: normal; vertical-align: bottom; }
 td.words { white-space: normal; min-width: 15rem; text-align: left; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); font-weight: 600; }
-@media (max-width: 40rem) { th:first-child, td:first-child { max-width: 42vw; white-space: normal; } }
+@media (max-width: 40rem) { th { min-width: 7rem; } th:first-child, td:first-child { max-width: 42vw; white-space: normal; } }
 th:first-child { background: var(--shade); }
 img { width: 46rem; max-width: 100%; height: auto; display: block; }
 pre { background: var(--shade); padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; font-size: .85rem; }

@@ -81,12 +81,30 @@ class _Clock(StoppingCriteria):
         return torch.full((input_ids.shape[0],), False, dtype=torch.bool, device=input_ids.device)
 
 
-class _Printer(TextStreamer):
-    """Hands each finished piece of text to a function."""
+#: Tokens before a piece of text that are decoded with it: more than a character has bytes, few enough to be quick.
+_BEFORE = 64
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+
+class _Printer(TextStreamer):
+    """Hands each finished piece of text to a function.
+
+    SentencePiece drops the blank before the first token that it decodes. So what goes on a prompt (`goes_on`) is decoded
+    behind the prompt's last tokens, and a line behind those of the line before; transformers decodes each alone.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], goes_on: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
+        self.goes_on = goes_on
+        self.token_cache: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        before = [*self.token_cache, *value.flatten().tolist()][-_BEFORE:]
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if not self.token_cache and (self.goes_on or not is_prompt):
+            self.token_cache = before
+            self.print_len = len(self.tokenizer.decode(before, **self.decode_kwargs))
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.write(text)
@@ -108,9 +126,10 @@ def generate(
 ) -> Generated:
     """Continues a text, or answers a list of chat messages through the tokenizer's chat template.
 
-    Each piece of text goes to `write` as it comes. A KeyboardInterrupt ends the answer: what was written until then
-    is returned with `stopped`. Raises OptionError for an empty prompt, a prompt that leaves no room in the model's
-    context, or messages without a chat template.
+    A continued text begins with the blank between the prompt and it, if there is one. Each piece of text goes to `write`
+    as it comes. A KeyboardInterrupt ends the answer: what was written until then is returned with `stopped`. Raises
+    OptionError for an empty prompt, a prompt that leaves no room in the model's context, or messages without a chat
+    template.
     """
     options = options or GenerateOptions()
     if isinstance(prompt, str):
@@ -150,7 +169,7 @@ def generate(
         model.generate(
             input_ids=ids,
             attention_mask=encoded["attention_mask"].to(model.device),
-            streamer=_Printer(tokenizer, collect),
+            streamer=_Printer(tokenizer, collect, goes_on=isinstance(prompt, str)),
             stopping_criteria=StoppingCriteriaList([clock]),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **arguments,
