@@ -9,8 +9,14 @@ A marker is a comment in the line before a block that tests do not run:
 import re
 import runpy
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 #: docs/reports is what `signbit report` wrote, with the commands of that day; docs/index.md says so.
@@ -107,6 +113,19 @@ def _in_list(lines: list[str], row: int) -> bool:
     """Whether a line is the second paragraph of a list's entry, or an option of a mkdocstrings block."""
     above = next((line for line in reversed(lines[:row]) if line.strip() and not line.startswith(" ")), "")
     return re.match(r"([*-]|\d+\.|:::|:) ?", above) is not None
+
+
+def not_installable(words: list[str], others: bool) -> list[str]:
+    """What a `pip install` names beside this checkout and its extras; `others`: packages of others may stand there."""
+    if words[:2] != ["pip", "install"]:
+        return []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    found = []
+    for word in words[2:]:
+        own = re.fullmatch(r"\.(?:\[([\w,]+)\])?", word)
+        known = set((own[1] or "").split(",")) <= {"", *extras} if own else others and not word.startswith("signbit")
+        found += [] if known or word.startswith("-") else [word]
+    return found
 
 
 def all_blocks() -> list[Block]:

@@ -8,7 +8,7 @@ from itertools import dropwhile
 import pytest
 
 from tests.docs import tiny
-from tests.docs.blocks import PYTHON, QUOTED, ROOT, SHELL, MarkerError, all_blocks, blocks_of
+from tests.docs.blocks import PYTHON, QUOTED, ROOT, SHELL, MarkerError, all_blocks, blocks_of, not_installable
 
 BLOCKS = all_blocks()
 RUN = [
@@ -145,6 +145,29 @@ def test_what_a_block_is_and_what_a_marker_must_say():
         blocks_of("Text.\n\n    signbit a\n", "page.md")
     with pytest.raises(ValueError, match="not cobol"):
         blocks_of("```cobol\n```\n", "page.md")
+
+
+def test_what_pages_install_is_this_checkout():
+    """signbit is on no index; what others have on theirs stands in blocks whose marker says that they are not run."""
+    for block in BLOCKS:
+        for words in block.commands() if block.language in SHELL else []:
+            wrong = not_installable(words, others=block.marker is not None)
+            assert not wrong, f"{block}: pip finds no {wrong[0]!r}; README.md installs `.`, its extras are '.[EXTRA]'"
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("pip install -e .[serve,lora]", []),
+        ("pip install signbit[serve]", ["signbit[serve]"]),
+        ("pip install .[sevre]", [".[sevre]"]),
+        ("pip install vllm .", ["vllm"]),
+        ("pip uninstall torchcodec", []),
+    ],
+)
+def test_what_pip_cannot_install_is_seen(command, wrong):
+    assert not_installable(command.split(), others=False) == wrong
+    assert not_installable(command.split(), others=True) == [word for word in wrong if word != "vllm"]
 
 
 def test_a_command_that_fails_is_seen(place, capsys):

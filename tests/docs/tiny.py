@@ -142,7 +142,7 @@ ELSEWHERE = {
     "signbit serve OUT": ("tests/serve/test_serving.py", "serve"),
     "pip install .": (".ci/run", "pip install"),
     "pip install .[gguf]": ("Makefile", "-e '.[gguf]'"),
-    "pip install signbit[lora]": ("Makefile", "lora"),
+    "pip install .[lora]": ("Makefile", "lora"),
     "python -m benchmarks.load MODEL": (".ci/run", "-m benchmarks.load"),
 }
 

@@ -107,19 +107,20 @@ def test_a_temperature_samples_and_a_seed_repeats(server):
     assert text(server, temperature=0).choices[0].text == text(server).choices[0].text
 
 
-def test_fifty_clients_at_once(server):
-    wanted = {length: text(server, max_tokens=length).choices[0].text for length in (1, 2, 4)}
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-5])
+def test_the_lowest_temperatures_are_greedy(server, temperature):
+    assert text(server, temperature=temperature).choices[0].text == text(server).choices[0].text
 
-    def ask(number):
-        length, stream = (1, 2, 4)[number % 3], number % 2 == 0
-        own = openai.DefaultHttpxClient(verify=False)  # certificates take longer to read than the answer
-        with openai.OpenAI(base_url=server.url, api_key="any", max_retries=0, http_client=own) as client:
-            answer = client.completions.create(model="OUT", prompt="w3 w4", max_tokens=length, stream=stream)
-            got = "".join(e.choices[0].text for e in answer) if stream else answer.choices[0].text
-        return got == wanted[length]
 
-    with ThreadPoolExecutor(50) as pool:
-        assert all(pool.map(ask, range(50)))
+@pytest.mark.parametrize("bias", [100, 100.0])
+def test_a_logit_bias_changes_the_text(server, bias):
+    token = server.tokenizer("w7")["input_ids"][-1]
+    asked = {"logit_bias": {str(token): bias}, "max_tokens": 3}
+    assert chat(server, **asked).choices[0].message.content.split() == ["w7"] * 3
+    assert text(server, **asked).choices[0].text.split() == ["w7"] * 3
+    first = greedy(server, server.tokenizer("w3 w4")["input_ids"], 1)[0]
+    never = {server.tokenizer(first)["input_ids"][-1]: -bias}
+    assert text(server, logit_bias=never).choices[0].text.split()[0] != first
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,7 @@ def test_fifty_clients_at_once(server):
         ({"presence_penalty": 1}, openai.BadRequestError, "presence_penalty"),
         ({"frequency_penalty": -1}, openai.BadRequestError, "frequency_penalty"),
         ({"logit_bias": {"64": 1}}, openai.BadRequestError, "logit_bias: there is no token 64"),
+        ({"logit_bias": {"3": 1e300}}, openai.BadRequestError, "less than or equal to 100"),
         ({"extra_body": {"generation_config": "{}"}}, openai.BadRequestError, "generation_config"),
         ({"extra_body": {"tempreature": 1}}, openai.UnprocessableEntityError, "tempreature"),
     ],
@@ -151,6 +153,8 @@ def test_completions_that_are_refused(server, asked, error, message):
     with pytest.raises(error, match=message) as refused:
         text(server, **asked)
     assert refused.value.body["type"] == "invalid_request_error"
+    (field,) = asked.get("extra_body", asked)
+    assert refused.value.body["param"].split(".")[0] == field
 
 
 @pytest.mark.parametrize(
@@ -168,8 +172,9 @@ def test_completions_that_are_refused(server, asked, error, message):
     ],
 )
 def test_chats_that_are_refused(server, asked, message):
-    with pytest.raises(openai.BadRequestError, match=message):
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
         chat(server, **asked)
+    assert refused.value.body["param"].split(".")[0] in {**asked, "tokenize": None}
 
 
 def test_an_over_long_prompt_is_refused_before_anything_is_computed(server, monkeypatch):
@@ -235,14 +240,15 @@ def test_a_failure_in_the_model_is_told_and_survived(server, monkeypatch):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_disconnects_ends_its_answer(server, monkeypatch, stream):
-    begun, ended, lengths = threading.Event(), threading.Event(), []
+    gone, ended, lengths = threading.Event(), threading.Event(), []
     generate = server.model.generate
 
     def watched(*args, streamer, **kwargs):
         put = streamer.put
 
         def watched_put(value):
-            begun.set()
+            if streamer.total_tokens > 2:
+                assert gone.wait(60)
             put(value)
 
         streamer.put = watched_put
@@ -253,23 +259,25 @@ def test_a_client_that_disconnects_ends_its_answer(server, monkeypatch, stream):
             ended.set()
 
     monkeypatch.setattr(server.model, "generate", watched)
-    where = urlsplit(server.url)
-    connection = http.client.HTTPConnection(where.hostname, where.port)
-    body = json.dumps({"prompt": "w3", "max_tokens": 2000, "stream": stream})
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    assert begun.wait(60)
-    connection.sock.close()
+    if stream:
+        answer = text(server, max_tokens=2000, stream=True)
+        assert next(iter(answer)).choices
+        answer.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            text(server, max_tokens=2000, timeout=1)
+    gone.set()
     assert ended.wait(60)
     assert lengths[0] < 2000
     monkeypatch.undo()
     assert text(server).choices[0].text
 
 
-def post(server, path, body):
+def post(server, path, body, content_type="application/json"):
     where = urlsplit(server.url)
     connection = http.client.HTTPConnection(where.hostname, where.port)
     data = body if isinstance(body, bytes) else json.dumps(body)
-    connection.request("POST", path, data, {"Content-Type": "application/json"})
+    connection.request("POST", path, data, {"Content-Type": content_type} if content_type else {})
     response = connection.getresponse()
     return response.status, response.read().decode()
 
@@ -279,6 +287,30 @@ def test_a_body_that_is_no_json_object(server, body):
     status, answer = post(server, "/v1/completions", body)
     assert status == 400
     assert json.loads(answer)["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded"])
+def test_json_that_is_not_called_so(server, content_type):
+    status, answer = post(server, "/v1/completions", {"prompt": "w3"}, content_type)
+    assert status == 400
+    assert "with the header Content-Type: application/json" in json.loads(answer)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "param"),
+    [
+        ("completions", {"prompt": "\ud800"}, "prompt"),
+        ("completions", {"prompt": "w3", "stop": "\ud800"}, "stop"),
+        ("completions", {"prompt": "w3", "model": "\ud800"}, "model"),
+        ("completions", {"prompt": "w3", "\ud800": 1}, "\\ud800"),
+        ("chat/completions", {"messages": MESSAGES, "user": "\ud800"}, "user"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "w3", "name": "\ud800"}]}, "messages"),
+    ],
+)
+def test_a_lone_surrogate_is_refused(server, path, asked, param):
+    status, answer = post(server, f"/v1/{path}", asked)
+    assert 400 <= status < 500
+    assert json.loads(answer)["error"]["param"].startswith(param)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,15 @@ from signbit.serve.requests import Refused
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an answer needs beside its GenerationConfig; `continues`: it goes on with the words of the prompt."""
+    """What an answer needs beside its GenerationConfig.
+
+    `continues`: it goes on with the words of the prompt; `source`: the field of the request that the prompt is from.
+    """
 
     stops: Sequence[str] = ()
     seed: int | None = None
     continues: bool = False
+    source: str = "prompt"
 
 
 class Stops:
@@ -140,7 +144,7 @@ class Answers(GenerateManager):
     ) -> tuple[asyncio.Queue[Any], StopStreamer]:
         wanted: Wanted = vars(gen_config).pop("wanted")
         prompt: list[int] = inputs["input_ids"][0].tolist()
-        self._fit(len(prompt), gen_config)
+        self._fit(len(prompt), gen_config, wanted.source)
         queue: asyncio.Queue[Any] = asyncio.Queue()
         streamer = StopStreamer(processor._tokenizer, queue, response_parser, wanted, prompt, self.closing)
         # Some tokenizers give more (token_type_ids), which a decoder refuses.
@@ -182,22 +186,22 @@ class Answers(GenerateManager):
             ids = processor.encode(Stops(streamer.stops.stops).feed(processor.decode(ids)), add_special_tokens=False)
         return "".join(pieces), inputs["input_ids"].shape[-1], ids
 
-    def check(self, prompt_tokens: int) -> None:
+    def check(self, prompt_tokens: int, source: str) -> None:
         """Refuses a prompt that leaves no room in the context."""
         if self.limit is not None and prompt_tokens + 1 > self.limit:
             message = f"the prompt has {prompt_tokens} tokens, the context {self.limit}; shorten the prompt"
-            raise Refused(400, message, "context_length_exceeded")
+            raise Refused(400, message, "context_length_exceeded", source)
 
-    async def check_texts(self, texts: Sequence[str], tokenizer: Any) -> None:
+    async def check_texts(self, texts: Sequence[str], source: str, tokenizer: Any) -> None:
         """Refuses long texts before the event loop is given to them: others are answered while these are counted."""
         if self.limit is not None and sum(map(len, texts)) > 4 * self.limit:
             parts = await asyncio.to_thread(tokenizer._tokenizer.encode_batch, list(texts), add_special_tokens=False)
-            self.check(sum(map(len, parts)))
+            self.check(sum(map(len, parts)), source)
 
-    def _fit(self, prompt_tokens: int, gen_config: Any) -> None:
+    def _fit(self, prompt_tokens: int, gen_config: Any, source: str) -> None:
         """Refuses a prompt that is empty or too long; an answer may fill what it leaves of the context."""
         if prompt_tokens == 0:
-            raise Refused(400, "the prompt has no token; give a text to continue", "invalid_value", "prompt")
-        self.check(prompt_tokens)
+            raise Refused(400, "the prompt has no token; give a text to continue", "invalid_value", source)
+        self.check(prompt_tokens, source)
         if self.limit is not None:
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, self.limit - prompt_tokens)

@@ -69,13 +69,14 @@ class _Checked(BaseHandler):
     max_new_tokens: int
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        _check_characters(body)
         asked = read(self.form, body)
         model, tokenizer = self.model_manager.load_model_and_processor()
         if isinstance(asked, ChatRequest):
             _check_template(asked, tokenizer)
         if beyond := [token for token in asked.logit_bias or {} if token >= model.config.get_text_config().vocab_size]:
             raise Refused(400, f"logit_bias: there is no token {beyond[0]}", "invalid_value", "logit_bias")
-        await self.generation_state.answers.check_texts(asked.texts, tokenizer)
+        await self.generation_state.answers.check_texts(asked.texts, asked.source, tokenizer)
         try:
             response = await super().handle_request(body, request_id)
         except TemplateError as error:
@@ -86,6 +87,11 @@ class _Checked(BaseHandler):
             response.body_iterator = _ended(response.body_iterator)
         return response
 
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        if unknown := sorted(body.keys() - self._valid_params_class.__mutable_keys__):
+            raise Refused(422, f"OpenAI's API has no field {unknown[0]!r} here", "unknown_parameter", unknown[0])
+        super()._validate_request(body)
+
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         served, asked = self.model_manager.force_model, body.get("model")
         if asked not in (None, served):
@@ -94,8 +100,9 @@ class _Checked(BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:
         asked = read(self.form, body)
-        # The seed and the stop strings belong to this answer alone: the thread sets and watches them.
-        left = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        # The seed and the stop strings belong to this answer alone: the thread sets and watches them. transformers
+        # reads logit_bias in chats only, and only where it has no whole numbers.
+        left = {name: value for name, value in body.items() if name not in ("seed", "stop", "logit_bias")}
         config = super()._build_generation_config(left, base, use_cb=use_cb)
         config.max_new_tokens = asked.new_tokens or self.max_new_tokens
         if asked.temperature is not None or (asked.top_p or 1) < 1:
@@ -105,7 +112,9 @@ class _Checked(BaseHandler):
             config.temperature = config.top_p = config.top_k = None
         elif config.top_k is None:
             config.top_k = 0  # None is 50 in transformers
-        config.wanted = Wanted(asked.stops, asked.seed, self.continues)
+        if asked.logit_bias:
+            config.sequence_bias = {(token,): bias for token, bias in asked.logit_bias.items()}
+        config.wanted = Wanted(asked.stops, asked.seed, self.continues, asked.source)
         return config
 
 
@@ -184,6 +193,16 @@ def _check_template(asked: ChatRequest, tokenizer: Any) -> None:
         raise Refused(400, f"chat_template_kwargs: {taken[0]} is no variable of a template", "invalid_value", taken[0])
 
 
+def _check_characters(body: dict[str, Any]) -> None:
+    """Refuses lone surrogates, which JSON may hold and UTF-8 may not, in any field: templates print them all."""
+    for field, value in body.items():
+        try:
+            json.dumps([field, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            message = f"{field}: a lone surrogate (\\ud800 to \\udfff) is no character"
+            raise Refused(400, message, "invalid_value", field) from None
+
+
 def _no_model(asked: str, served: str) -> Refused:
     return Refused(404, f"there is no model {asked!r} here; this server has {served!r}", "model_not_found", "model")
 
@@ -211,8 +230,11 @@ async def _http_error(request: Request, error: Any) -> JSONResponse:
 
 
 async def _no_json(_: Request, error: Any) -> JSONResponse:
-    first = error.errors()[0]
-    return JSONResponse(Refused(400, f"the body is no JSON object ({first['msg']})", "invalid_json").body(), 400)
+    if isinstance(error.body, bytes):  # FastAPI did not read it
+        refused = Refused(400, "the body is read with the header Content-Type: application/json only", "invalid_json")
+    else:
+        refused = Refused(400, f"the body is no JSON object ({error.errors()[0]['msg']})", "invalid_json")
+    return JSONResponse(refused.body(), 400)
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:

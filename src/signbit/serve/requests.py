@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, ValidationError
+
+#: Below it logits divided by the temperature leave float32, and greedy is what they tend to.
+_LOWEST_TEMPERATURE = 1e-5
 
 
 class Refused(HTTPException):
     """A request that is not answered, in the terms of OpenAI's errors: HTTP status, message, code, field."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        super().__init__(status, message)
-        self.code, self.param = code, param
+        super().__init__(status, _printable(message))
+        self.code, self.param = code, None if param is None else _printable(param)
 
     def body(self) -> dict[str, Any]:
         """The JSON that OpenAI's clients read an error from."""
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _printable(text: str) -> str:
+    """`text` with escapes for lone surrogates, which a field's name may hold and UTF-8 may not."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _or_greedy(temperature: float) -> float:
+    return temperature if temperature >= _LOWEST_TEMPERATURE else 0.0
 
 
 class _Form(BaseModel):
@@ -29,14 +41,17 @@ class _Form(BaseModel):
 class Asked(_Form):
     """The fields that chat and text completions share; a type that allows but one value is what is not done here."""
 
+    #: The field that holds the text.
+    source: ClassVar[str]
+
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_or_greedy)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=2)] | None = None
-    logit_bias: dict[Annotated[int, Field(ge=0)], float] | None = None
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Literal[0] | None = None
     n: Literal[1] | None = None
     generation_config: None = None
@@ -80,6 +95,8 @@ class _Message(_Form):
 class ChatRequest(Asked):
     """POST /v1/chat/completions."""
 
+    source = "messages"
+
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -103,6 +120,8 @@ class ChatRequest(Asked):
 
 class TextRequest(Asked):
     """POST /v1/completions."""
+
+    source = "prompt"
 
     prompt: Annotated[str, Field(min_length=1)]
     best_of: Literal[1] | None = None
