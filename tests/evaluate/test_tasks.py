@@ -815,7 +815,7 @@ def test_a_machine_without_lm_eval_gives_the_same_numbers(rows_dir, stories, tmp
     assert "Traceback" not in refused.stderr
 
 
-def many_requests(file):
+def many_requests(file, documents=600):
     words = [
         "Once",
         "upon",
@@ -838,7 +838,7 @@ def many_requests(file):
         "play",
         "with",
     ]
-    task = Task("made", "choice", ("acc",), 0, "1", 600, "here")
+    task = Task("made", "choice", ("acc",), 0, "1", documents, "here")
     questions = tuple(
         Question(
             "made",
@@ -847,7 +847,7 @@ def many_requests(file):
             (0,),
             (1,) * 4,
         )
-        for i in range(600)
+        for i in range(documents)
     )
     Requests("made", None, (task,), (), questions).write(file)
 
