@@ -223,6 +223,17 @@ def test_what_may_be_overwritten(tmp_path):
         check_target(tmp_path / "home", overwrite=True)
 
 
+def test_where_no_directory_can_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FormatError, match=r"file/a/out cannot be made, because .*/file is a file"):
+        check_target(tmp_path / "file" / "a" / "out", overwrite=False)
+    assert check_target(tmp_path / "a" / "b", overwrite=False) == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write to any directory
+    with pytest.raises(FormatError, match=rf"{tmp_path} may not be written to; give another -o"):
+        check_target(tmp_path / "a" / "b", overwrite=False)
+
+
 def test_overwrite_deletes_no_project(tmp_path):
     project = tmp_path / "project"
     (project / "src").mkdir(parents=True)

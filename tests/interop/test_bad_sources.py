@@ -1,6 +1,8 @@
 """Sources that are wrong or cut short: an error says what and where, and nothing is written."""
 
+import copy
 import json
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -11,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from signbit.cli import main
 from signbit.errors import FormatError
 from signbit.interop.convert import convert
+from signbit.interop.recognise import open_checkpoint
 from tests.interop import test_import as forms
 from tests.interop.test_gguf import ggml, write  # noqa: F401 (a fixture)
 
@@ -163,3 +166,46 @@ def test_masks_that_are_cut_short(tmp_path):
     torch.save(np.float64(1), first)
     with pytest.raises(FormatError, match=first.name):
         convert(str(folder), tmp_path / "out", masks=masks)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Imports fail as soon as they read a layer."""
+
+    def opened(*args):
+        def read():
+            raise AssertionError("a layer was read")
+
+        checkpoint = open_checkpoint(*args)
+        return replace(checkpoint, layers=dict.fromkeys(checkpoint.layers, read))
+
+    monkeypatch.setattr("signbit.interop.convert.open_checkpoint", opened)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(unread, tmp_path, tokenizer):
+    _, folder = forms.fbi(tmp_path / "source")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "larger")
+    with pytest.raises(AssertionError, match="a layer was read"):  # 64 tokens, 64 rows
+        convert(str(folder), tmp_path / "out", tokenizer=str(tmp_path / "larger"))
+    tokenizer.add_tokens(["w61"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    said = r" is not this model's: its token 'w61' has the id 64, and the embedding has 64 rows .*--tokenizer DIR"
+    with pytest.raises(FormatError, match="--tokenizer .*larger" + said):
+        convert(str(folder), tmp_path / "out", tokenizer=str(tmp_path / "larger"))
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(FormatError, match="the tokenizer beside it" + said):
+        convert(str(folder), tmp_path / "out")
+
+
+def test_what_is_wrong_in_the_options_is_said_before_a_layer_is_read(unread, tmp_path, tokenizer):
+    _, folder = forms.fbi(tmp_path / "source")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(FormatError, match="nowhere has no tokenizer"):
+        convert(str(folder), tmp_path / "out", tokenizer=str(tmp_path / "nowhere"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FormatError, match=r"file/out cannot be made, because .*/file is a file"):
+        convert(str(folder), tmp_path / "file" / "out")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(FormatError, match=r"generation_config\.json is damaged"):
+        convert(str(folder), tmp_path / "out")

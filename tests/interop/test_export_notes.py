@@ -7,6 +7,7 @@ from demo.smollm2 import NAME, cache
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from signbit.cli import main
+from signbit.interop.export.notes import Written, readme
 from signbit.interop.export.ollama import turns
 from signbit.interop.export.request import ExportRequest
 from signbit.interop.export.run import export
@@ -140,6 +141,25 @@ def test_notes_for_lm_studio_llama_cpp_and_ollama(tmp_path):
     assert "LM Studio, and llama.cpp with --jinja, run it" in readme
     assert "--lora" not in readme and "It loads no adapter" not in readme
     assert "num_ctx there" not in readme  # its 256 tokens are all asked for
+
+
+@pytest.mark.parametrize(
+    ("kinds", "stored", "is_new"),
+    [
+        (("Q1_0",), "stored as Q1_0: 1.500 bits a weight", True),
+        (("TQ2_0",), "stored as TQ2_0: 1.500 bits a weight", False),
+        (("Q8_0",), "stored as Q8_0, dense: 1.500 bits a weight", False),
+        (("F16",), "stored as F16, dense: 1.500 bits a weight", False),
+        (("F16", "Q1_0"), "stored as F16 and Q1_0: 1.500 bits a weight", True),
+    ],
+    ids=str,
+)
+def test_bits_and_age_are_those_of_the_types_in_the_file(kinds, stored, is_new):
+    said = readme(Written("m.gguf", None, kinds, 1.5, 2.5, "llama", 256, False, None, ()), {}, {})
+    assert stored in said and "The whole has 2.500 bits a parameter" in said
+    assert ("Q1_0 needs a llama.cpp that knows it" in said) == is_new
+    assert ("its runtime must be as new" in said) == is_new
+    assert ("Any llama.cpp of the last years reads it" in said) != is_new
 
 
 def test_a_context_that_is_smaller_than_ollamas(tmp_path):

@@ -1,6 +1,7 @@
 """GGUF files of 1-bit models: quantized by llama.cpp's own code, and read as ggml and transformers read them."""
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -20,7 +21,7 @@ from signbit.interop.gguf import q1_0, tq2_0
 from signbit.linear import PackedLinear
 from tests.conftest import tiny_llama_config
 from tests.interop import originals
-from tests.interop.test_import import ROUNDING, difference
+from tests.interop.test_import import ROUNDING, continued, difference
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -204,6 +205,7 @@ def test_logits_are_those_of_ggmls_values_and_it_generates(file, ggml, tmp_path,
         assert "form=GGUF Q1_0" in capsys.readouterr().out
     capsys.readouterr()
     assert main(["generate", out, "w3 w5", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.removeprefix("w3 w5").split() == continued(model, out, "w3 w5", 3)
 
 
 @pytest.mark.parametrize(
@@ -255,17 +257,20 @@ def test_literal_bytes_of_tq2_0():
         tq2_0(torch.from_numpy(raw))
 
 
-def test_the_tokenizer_in_the_file(ggml, tmp_path):
+def test_the_tokenizer_in_the_file(ggml, tmp_path, capsys):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "ab"]
-    write(tmp_path / "file.gguf", ggml, Type.Q1_0, make=Qwen3ForCausalLM, tokens=tokens, vocab_size=len(tokens))
+    model = write(tmp_path / "file.gguf", ggml, Type.Q1_0, make=Qwen3ForCausalLM, tokens=tokens, vocab_size=len(tokens))
     assert main(["import", str(tmp_path), "-o", str(tmp_path / "out")]) == 0  # a directory that holds one file
     made = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert made.decode(made.encode("cab", add_special_tokens=False)) == "cab"
     assert made.convert_ids_to_tokens(made.encode("cab", add_special_tokens=False)) == ["c", "ab"]
     assert signbit.load(tmp_path / "out").config.eos_token_id == 2
+    capsys.readouterr()
     assert main(["generate", str(tmp_path / "out"), "cab", "--max-new-tokens", "2"]) == 0
+    want = continued(model, tmp_path / "out", "cab", 2)
+    assert capsys.readouterr().out.removeprefix("cab").split() == want
 
 
 def test_what_is_no_1_bit_file_is_refused(ggml, tmp_path):
@@ -284,6 +289,24 @@ def test_what_is_no_1_bit_file_is_refused(ggml, tmp_path):
     writer.close()
     with pytest.raises(FormatError, match="architecture 'mamba'; llama, qwen2, qwen3"):
         convert(str(tmp_path / "other"), tmp_path / "out")
+
+
+def test_a_file_in_parts_is_refused_by_name(ggml, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "GGUFWriter", partial(gguf.GGUFWriter, split_max_tensors=15))
+    write(tmp_path / "model.gguf", ggml, Type.Q1_0)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"]
+    merge = "llama-gguf-split --merge model-00001-of-00002.gguf WHOLE.gguf"
+    for source, number in ((parts[0], 1), (parts[1], 2), (tmp_path, 1)):
+        with pytest.raises(FormatError, match=rf"is part {number} of 2 of one GGUF file\. .*{merge}"):
+            convert(str(source), tmp_path / "out")
+
+
+def test_a_directory_of_several_files(ggml, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.gguf", ggml, Type.Q1_0, num_hidden_layers=1)
+    with pytest.raises(FormatError, match=r"holds 2 GGUF files; give the one to read, such as .*a\.gguf"):
+        convert(str(tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize("change", ["blk.0.ffn_up.weight", "rope_freqs.weight"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitNetConfig, BitNetForCausalLM, LlamaForCausalLM
 
 import signbit
 from signbit.cli import main
@@ -120,6 +120,16 @@ def difference(model, out, ids):
     loaded = signbit.load(out, dtype=torch.float32)
     want = model(ids).logits
     return float((loaded(ids).logits - want).abs().max() / want.abs().max())
+
+
+def continued(model, out, prompt, tokens):
+    """The words with which `model` itself goes on, by the tokenizer in `out`."""
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    encoded = tokenizer(prompt, return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    written = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
+    assert len(written)
+    return tokenizer.decode(written, skip_special_tokens=True).split()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from signbit.models import find_structure
 from tests.conftest import tiny_llama_config
 from tests.families import opt
 from tests.interop import originals
-from tests.interop.test_import import ROUNDING, _Malicious, difference
+from tests.interop.test_import import ROUNDING, _Malicious, continued, difference
 
 SHARE = 0.8
 
@@ -75,8 +75,9 @@ def test_logits_are_the_dense_ones_and_it_generates(method, group, tmp_path, ids
         count = linear.weight.numel() // weight.groups
         assert weight.salient.count == weight.groups * (count - int(count * SHARE) - 1)
         assert torch.allclose(weight.to_dense(), linear.weight, rtol=1e-6, atol=1e-9)
-    assert main(["generate", out, "w3 w5", "--max-new-tokens", "3"]) == 0
     capsys.readouterr()
+    assert main(["generate", out, "w3 w5", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.removeprefix("w3 w5").split() == continued(model, out, "w3 w5", 3)
 
 
 def test_half_precision_is_undone_to_its_rounding(tmp_path, ids):
@@ -141,6 +142,8 @@ def test_other_methods_and_masks_are_refused(tmp_path):
     with pytest.raises(FormatError, match="holds no mask file"):
         convert(str(folder), tmp_path / "out", masks=tmp_path / "nowhere")
     first = next(masks.glob("*layers.0.self_attn.q_proj.pkl"))
+    with pytest.raises(FormatError, match=rf"q_proj\.pkl is a file; give the directory of all masks: --masks {masks}$"):
+        convert(str(folder), tmp_path / "out", masks=first)
     torch.save(torch.zeros(2, 2, dtype=torch.bool), first)
     with pytest.raises(FormatError, match=r"mask is torch.bool \[2, 2\]"):
         convert(str(folder), tmp_path / "out", masks=masks)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -76,6 +78,10 @@ def test_prompts_that_cannot_be(model, tokenizer):
         generate(model, tokenizer, "")
     with pytest.raises(OptionError, match="the prompt has no token of the model's tokenizer"):
         generate(model, tokenizer, "  ")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["w61"])
+    with pytest.raises(OptionError, match=r"has the token 64, and the model's embedding has 64 rows \(ids 0 to 63\)"):
+        generate(model, larger, "w3 w61")
     with pytest.raises(OptionError, match="the prompt has 128 tokens, the model's context 128"):
         generate(model, tokenizer, " ".join(["w3"] * 128))
     template, tokenizer.chat_template = tokenizer.chat_template, None

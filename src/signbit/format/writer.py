@@ -88,8 +88,12 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_target(out: str | Path, overwrite: bool) -> Path:
-    """The absolute path of OUT; raises FormatError if something is there that may not be replaced."""
+    """The absolute path of OUT; raises FormatError if something is there that may not be replaced, or it cannot be made."""
     path = Path(out).absolute()
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "may not be written to" if above.is_dir() else "is a file"
+        raise FormatError(f"{out} cannot be made, because {above} {why}; give another -o")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise FormatError(f"{out} is a file or a link; give the name of a directory that signbit may make")
     try:

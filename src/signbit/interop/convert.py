@@ -44,10 +44,11 @@ def convert(
 ) -> tuple[Path, Report]:
     """Writes the foreign checkpoint `source` as the packed directory `out`: the same signs, scales and logits.
 
-    One layer is read at a time. `tokenizer` is a directory to take the tokenizer from, `masks` PB-LLM's mask files, `dtype`
-    what everything but signs is stored in ("auto": as it was). `progress` is called with (stage, done, in all, name),
-    `note` with lines for the user. Raises FormatError for what is damaged, incomplete or none of the forms that signbit
-    reads, with the name of the tensor; OptionError for options that do not fit, WeightError if `dtype` cannot hold a scale.
+    One layer is read at a time, the first once OUT and the tokenizer are known to be good. `tokenizer` is a directory to
+    take the tokenizer from, `masks` PB-LLM's mask files, `dtype` what everything but signs is stored in ("auto": as it
+    was). `progress` is called with (stage, done, in all, name), `note` with lines for the user. Raises FormatError for what
+    is damaged, incomplete or none of the forms that signbit reads, with the name of the tensor; OptionError for options
+    that do not fit, WeightError if `dtype` cannot hold a scale.
     """
     note = note or (lambda _line: None)
     if dtype not in DTYPES:
@@ -61,6 +62,8 @@ def convert(
     model = empty_model(checkpoint.config, source)
     structure = find_structure(model)
     _check_complete(checkpoint, [target.name for target in structure.targets])
+    _generation_(model, Path(source))
+    made = _tokenizer(checkpoint, tokenizer, out, note)
     decisions, zeros = [], 0
     for done, (name, read) in enumerate(checkpoint.layers.items()):
         layer = read()
@@ -86,8 +89,6 @@ def convert(
     report = Report((*decisions, *dense), structure.block_parameters)
     settings = {"method": "import", "options": {"form": checkpoint.form, "zeros": zeros}, "signbit_version": VERSION}
     attach_(model, SignbitConfig.from_dict(describe(model, settings).to_dict()), report)
-    _generation_(model, Path(source))
-    made = _tokenizer(checkpoint, tokenizer, out, note)
     return save(model.eval(), out, made, report, source, command, overwrite), report
 
 
@@ -193,7 +194,7 @@ def _generation_(model: Any, source: Path) -> None:
 
 def _tokenizer(checkpoint: Checkpoint, given: str | None, out: str | Path, note: Callable[[str], None]) -> Any:
     if given is not None:
-        return load_tokenizer(given)
+        return _within(load_tokenizer(given), checkpoint.config.vocab_size, f"--tokenizer {given}")
     try:
         made = AutoTokenizer.from_pretrained(**checkpoint.tokenizer, config=checkpoint.config)
     except Exception as error:  # transformers, tokenizers and sentencepiece each raise their own
@@ -205,7 +206,18 @@ def _tokenizer(checkpoint: Checkpoint, given: str | None, out: str | Path, note:
         return None
     if "gguf_file" in checkpoint.tokenizer:
         _drop_beyond_(made, checkpoint.config.vocab_size)
-    return made
+    return _within(made, checkpoint.config.vocab_size, "the tokenizer beside it")
+
+
+def _within(tokenizer: Any, rows: int, which: str) -> Any:
+    """`tokenizer` itself; raises FormatError if it has a token that is no row of the embedding."""
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
+    if highest >= rows:
+        raise FormatError(
+            f"{which} is not this model's: its token {token!r} has the id {highest}, and the embedding has {rows} rows "
+            f"(ids 0 to {rows - 1}); give the model's own with --tokenizer DIR"
+        )
+    return tokenizer
 
 
 def _drop_beyond_(tokenizer: Any, rows: int) -> None:

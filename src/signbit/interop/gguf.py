@@ -88,27 +88,39 @@ def rotary_halves(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def read_whole(path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The tensors, not yet read, and the metadata of a GGUF file; raises FormatError if it is damaged or a part of one."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise OptionError(f"GGUF files are read with the package gguf: {install('gguf')}") from error
+    try:
+        reader = GGUFReader(str(path))
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError, AttributeError) as error:
+        raise FormatError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
+    parts, number = metadata.get("split.count", 1), metadata.get("split.no", 0) + 1
+    require(
+        parts <= 1,
+        f"{path} is part {number} of {parts} of one GGUF file. Merge them first, with llama.cpp's llama-gguf-split --merge "
+        f"{path.name.replace(f'-{number:05}-of-', '-00001-of-')} WHOLE.gguf, and give WHOLE.gguf",
+    )
+    return reader.tensors, metadata
+
+
 class _File:
     """A GGUF file: its metadata, and its tensors under transformers' names."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            from gguf import GGUFReader
-        except ImportError as error:
-            raise OptionError(f"GGUF files are read with the package gguf: {install('gguf')}") from error
         self.path = path
-        try:
-            reader = GGUFReader(str(path))
-            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError, AttributeError) as error:
-            raise FormatError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
+        tensors, self.metadata = read_whole(path)
         self.kind = self.metadata.get("general.architecture")
         require(
             self.kind in _CONFIGS,
             f"{path} is of the architecture {self.kind!r}; {', '.join(_CONFIGS)} are read",
         )
         self.tensors: dict[str, Any] = {}
-        for tensor in reader.tensors:
+        for tensor in tensors:
             self.tensors[self._name(tensor.name)] = tensor
 
     def _name(self, name: str) -> str:

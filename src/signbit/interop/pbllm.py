@@ -167,6 +167,9 @@ def _read(name: str, file: Path, tensors: Mapping[str, Tensor], own: Mapping[str
 
 def _mask_files(folder: Path, names: list[str]) -> dict[str, Path]:
     """Layer → its mask file, mask_FRACTION_MODEL+LAYER.pkl; raises FormatError for a file of no layer, or two of one."""
+    require(
+        not folder.is_file(), f"--masks {folder} is a file; give the directory of all masks: --masks {folder.parent}"
+    )
     files = sorted(folder.glob("*.pkl"))
     require(bool(files), f"--masks {folder} holds no mask file (*.pkl); give PB-LLM's gptq_pb/outputs/mask")
     found: dict[str, Path] = {}

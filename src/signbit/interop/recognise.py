@@ -22,8 +22,8 @@ def open_checkpoint(source: str | Path, masks: str | Path | None = None) -> Chec
     masks that nothing would use.
     """
     path = Path(source)
-    if path.is_dir() and not (path / "config.json").exists() and len(files := list(path.glob("*.gguf"))) == 1:
-        path = files[0]
+    if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+        path = _one(files)
     if path.is_file():
         with path.open("rb") as stream:
             if stream.read(4) != gguf.MAGIC:
@@ -57,6 +57,14 @@ def open_checkpoint(source: str | Path, masks: str | Path | None = None) -> Chec
             "Take quantization_config out of config.json, then signbit quantize --method bitnet --weights ternary --norm none"
         )
     return pbllm.open_dense(path, values, tensors, masks)
+
+
+def _one(files: list[Path]) -> Path:
+    """The only one of `files`; raises FormatError if there are more, by name if they are parts of one."""
+    if len(files) > 1:
+        gguf.read_whole(files[0])
+        raise FormatError(f"{files[0].parent} holds {len(files)} GGUF files; give the one to read, such as {files[0]}")
+    return files[0]
 
 
 def _no_masks(masks: str | Path | None, what: str) -> None:

@@ -98,6 +98,16 @@ def context_tokens(model: Any) -> int | None:
     return limit
 
 
+def _check_ids(ids: torch.Tensor, model: Any) -> None:
+    """Raises OptionError for a token that is no row of the embedding."""
+    rows, highest = model.config.get_text_config().vocab_size, int(ids.max())
+    if highest >= rows:
+        raise OptionError(
+            f"the prompt has the token {highest}, and the model's embedding has {rows} rows (ids 0 to {rows - 1}): the "
+            "tokenizer is not this model's; put the model's own beside it"
+        )
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -110,7 +120,7 @@ def generate(
 
     Each piece of text goes to `write` as it comes. A KeyboardInterrupt ends the answer: what was written until then
     is returned with `stopped`. Raises OptionError for an empty prompt, a prompt that leaves no room in the model's
-    context, or messages without a chat template.
+    context or has a token that the model has not, or messages without a chat template.
     """
     options = options or GenerateOptions()
     if isinstance(prompt, str):
@@ -129,6 +139,7 @@ def generate(
     ids = encoded["input_ids"].to(model.device)
     if not ids.numel():
         raise OptionError("the prompt has no token of the model's tokenizer; give another text")
+    _check_ids(ids, model)
     limit = context_tokens(model)
     if limit is not None and ids.shape[1] + 1 > limit:
         raise OptionError(f"the prompt has {ids.shape[1]} tokens, the model's context {limit}; shorten the prompt")

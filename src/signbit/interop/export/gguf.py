@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,12 +97,11 @@ def write(
         raise ExportError(_refusal(plan, len(packed.names)))
     _say(packed, plan, note)
     bits, parameters = plan.bits_per_weight(), _parameters(packed)
-    kinds = [kind for kind, _ in plan.layers.values()]
-    main = max(set(kinds), key=kinds.count)
+    kinds = tuple(kind for kind, _ in Counter(kind for kind, _ in plan.layers.values()).most_common())
     whole = 8 * sum(t.nbytes for t in (*plan.tensors, *plan.adapter)) / parameters
-    stem = f"{packed.folder.resolve().name}-{main}-{bits:.3f}bpw"
+    stem = f"{packed.folder.resolve().name}-{kinds[0]}-{bits:.3f}bpw"
     files = Written(
-        f"{stem}.gguf", f"{stem}-shifts-lora.gguf" if plan.adapter else None, main, bits, whole, arch,
+        f"{stem}.gguf", f"{stem}-shifts-lora.gguf" if plan.adapter else None, kinds, bits, whole, arch,
         packed.config.max_position_embeddings, bool(words.chat_template), turns(tokenizer, words.add_bos),
         _stops(packed, words),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def write(
         )
     need = sum(t.nbytes for t in (*plan.tensors, *plan.adapter)) + (1 << 20)
     with packed_format.staged(out, need, overwrite) as staging:
-        _write_model(staging / files.model, packed, plan, main, files, words, progress)
+        _write_model(staging / files.model, packed, plan, files, words, progress)
         if files.adapter is not None:
             _write_adapter(staging / files.adapter, arch, plan)
         (staging / "Modelfile").write_text(modelfile(files))
@@ -317,13 +317,13 @@ def _parameters(packed: Packed) -> int:
 
 
 def _write_model(
-    path: Path, packed: Packed, plan: _Plan, main: str, files: Written, words: Vocabulary, progress: Progress
+    path: Path, packed: Packed, plan: _Plan, files: Written, words: Vocabulary, progress: Progress
 ) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, files.architecture)
     writer.add_name(packed.folder.resolve().name)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[main]])
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[files.kinds[0]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_description(
         f"made by signbit ({packed.description.settings.get('method', 'unknown')}), {files.bits:.3f} bits a weight"

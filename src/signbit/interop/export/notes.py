@@ -17,7 +17,8 @@ class Written:
 
     model: str
     adapter: str | None
-    kind: str
+    kinds: tuple[str, ...]
+    """GGUF's types of the layers that were binarized, the most frequent first."""
     bits: float
     """Bits per weight of the packed layers, from bytes, their shifts included."""
     whole: float
@@ -31,6 +32,11 @@ class Written:
     """What that puts around messages, where it is no more."""
     stops: tuple[str, ...]
     """Tokens that end an answer."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether none of the layers is stored in bits."""
+        return not {"Q1_0", "TQ2_0"} & set(self.kinds)
 
     @property
     def num_ctx(self) -> int:
@@ -57,11 +63,13 @@ def _quoted(text: str) -> str:
 def readme(files: Written, settings: Mapping[str, Any], unfit: Mapping[str, str]) -> str:
     """The commands for llama.cpp, Ollama and LM Studio, and what is exact."""
     lora = f" --lora {files.adapter}" if files.adapter is not None else ""
+    is_new = "Q1_0" in files.kinds
     lines = [
         f"# {files.model}",
         "",
-        f"Made by signbit (method {settings.get('method', 'unknown')}). The binarized layers have {files.bits:.3f} bits a "
-        f"weight, the whole has {files.whole:.3f} bits a parameter, both counted from bytes.",
+        f"Made by signbit (method {settings.get('method', 'unknown')}). The layers that it binarized are stored as "
+        f"{' and '.join(files.kinds)}{', dense' if files.is_dense else ''}: {files.bits:.3f} bits a weight. The whole has "
+        f"{files.whole:.3f} bits a parameter. Both are counted from bytes.",
         "",
         "```",
         f"llama-server -m {files.model}{lora}",
@@ -69,12 +77,12 @@ def readme(files: Written, settings: Mapping[str, Any], unfit: Mapping[str, str]
         "ollama create NAME -f Modelfile && ollama run NAME",
         "```",
         "",
-        f"{files.kind} needs a llama.cpp that knows it; an older one, or a program built on one, says that the tensor type is "
-        "unknown." if files.kind == "Q1_0" else "Any llama.cpp of the last years reads it.",
+        "Q1_0 needs a llama.cpp that knows it; an older one, or a program built on one, says that the tensor type is unknown."
+        if is_new else "Any llama.cpp of the last years reads it.",
         "",
-        "**LM Studio**: put the file into its models folder as publisher/model/FILE.gguf, or `lms import FILE.gguf`; its "
-        "runtime must be as new. " + ("It loads no adapter: the shifts, and with them the model, need llama.cpp or Ollama."
-                             if files.adapter is not None else ""),
+        "**LM Studio**: put the file into its models folder as publisher/model/FILE.gguf, or `lms import FILE.gguf`"
+        + ("; its runtime must be as new." if is_new else ".")
+        + (" It loads no adapter: the shifts, and with them the model, need llama.cpp or Ollama." if lora else ""),
     ]  # fmt: skip
     if files.chats:
         lines += ["", _template_note(files)]
