@@ -10,6 +10,7 @@ from signbit.cli import VERBS
 from signbit.methods import METHODS
 from signbit.train.recipe import read_recipe
 from tests.docs.blocks import ROOT, blocks_of
+from tests.docs.published import PUBLISHED
 from tests.docs.test_site import hooks  # noqa: F401 (a fixture)
 
 PAGE = "docs/guides/coming-from.md"
@@ -107,6 +108,30 @@ def test_every_flag_is_one_of_its_command(flags_of):
 def test_a_flag_that_is_called_otherwise_is_seen(right, wrong, flags_of):
     assert right in TEXT
     assert unknown(TEXT.replace(right, wrong), flags_of)
+
+
+def unsaid(text):
+    """What the four projects have and their sections do not name, as a word of its own."""
+    sections = {title: body for title, _, body in (part.partition("\n") for part in text.split("\n## "))}
+    return [
+        word
+        for project, words in PUBLISHED.items()
+        for word in words.split()
+        if not whole(word).search(sections[project])
+    ]
+
+
+def whole(word):
+    return re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])")
+
+
+def test_everything_of_the_four_projects_is_on_the_page():
+    assert not unsaid(TEXT)
+
+
+@pytest.mark.parametrize("word", ["--split", "LiqunMa/FBI-LLM_1.3B", "red_pajama", "notebooks", "Drive", "FILE.yaml"])
+def test_what_the_page_leaves_out_is_seen(word):
+    assert unsaid(whole(word).sub("", TEXT)) == [word]
 
 
 def test_commands_recipes_methods_and_files_are_there():

@@ -101,7 +101,8 @@ SMALLER = {
 #: Words → what stands for them: what has 57 parts, what is called otherwise here, checkpoints of two steps.
 WORDS = {
     "mmlu": "mmlu_anatomy", "../shared/data": "DATA", "stories260K": "MODEL",
-    "RUN/checkpoint-500": "LORA/checkpoint-2", "run/checkpoint-24": "LORA/checkpoint-2",
+    "RUN/checkpoint-500": "LORA/checkpoint-2", "ADAPTED/checkpoint-500": "ADAPTED/checkpoint-2",
+    "run/checkpoint-24": "LORA/checkpoint-2",
 }  # fmt: skip
 
 #: In Python: sets of the hub → files; a directory that exists already → a new one; MODEL in full precision.
@@ -256,7 +257,8 @@ def _texts(folder: Path) -> None:
 
 def _checkpoints(folder: Path, tokenizer) -> None:
     forms = {
-        "SRC": foreign.fbi, "FBI-LLM_130M": foreign.fbi, "ckpt-12": foreign.fbi, "onebit-packed": foreign.onebit_packed,
+        "SRC": foreign.fbi, "FBI-LLM_130M": foreign.fbi, "FBI-LLM_1.3B": foreign.fbi, "FBI-LLM_7B": foreign.fbi,
+        "ckpt-12": foreign.fbi, "onebit-packed": foreign.onebit_packed,
         "onebit-trained": foreign.onebit, "bitnet-transformers": foreign.beomi, "bitnet-b1.58": foreign.ternary,
     }  # fmt: skip
     for name, form in forms.items():

@@ -72,7 +72,7 @@ def test_values_of_config_json(key, value, said, source, tmp_path, monkeypatch, 
     finally:
         (source / "config.json").write_text(good)
     said_by_it = capsys.readouterr().err
-    assert said_by_it.startswith("signbit: ") and "Traceback" not in said_by_it
+    assert "\nsignbit: " in f"\n{said_by_it}" and "Traceback" not in said_by_it
     assert not (tmp_path / "out").exists()
 
 
