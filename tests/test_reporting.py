@@ -503,7 +503,7 @@ def test_a_named_set_is_known_by_its_name_and_a_file_by_its_text(text, tmp_path)
 def test_what_is_kept_says_on_which_machine_it_was_found(llama_dir, text, tmp_path, capsys, monkeypatch):
     (tmp_path / "asked.jsonl").write_text(
         '{"signbit_requests": 1, "harness": "made", "limit": null, "groups": [], "tasks": [{"name": "t", "kind": "choice", '
-        '"metrics": ["acc"], "few_shot": 0, "version": "1", "documents": 1, "source": "here"}]}\n'
+        '"metrics": ["acc"], "few_shot": 0, "version": "1", "documents": 2, "source": "here"}]}\n'
         '{"task": "t", "document": 0, "pairs": [["w1", " w2"], ["w1", " w3"]], "gold": [0], "lengths": [2, 2]}\n'
     )
     machines, out = import_module("signbit.evaluate.machines"), tmp_path / "e.json"

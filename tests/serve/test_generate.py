@@ -64,7 +64,9 @@ def writes(words, tokenizer):
             stopping_criteria(input_ids, None)
         streamer.end()
 
-    return SimpleNamespace(config=SimpleNamespace(), device="cpu", generate=generate)
+    config = SimpleNamespace(vocab_size=1 << 20)
+    config.get_text_config = lambda: config
+    return SimpleNamespace(config=config, device="cpu", generate=generate)
 
 
 @pytest.mark.parametrize(
