@@ -107,6 +107,13 @@ def test_a_seed_repeats(model, tokenizer):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_the_lowest_temperatures_are_greedy(model, tokenizer):
+    texts = {
+        generate(model, tokenizer, "w3", GenerateOptions(12, temperature)).text for temperature in (0, 1e-300, 1e-40)
+    }
+    assert len(texts) == 1
+
+
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_written(model, tokenizer):
     pieces = []
 

@@ -13,6 +13,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer, s
 
 from signbit.errors import OptionError
 
+#: Below it logits divided by the temperature leave float32, and greedy is what they tend to.
+LOWEST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -47,8 +50,9 @@ class GenerateOptions:
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `model.generate`."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        if self.temperature > 0:
+        sample = self.temperature >= LOWEST_TEMPERATURE
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": sample}
+        if sample:
             chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         if self.repetition_penalty != 1:
             chosen["repetition_penalty"] = self.repetition_penalty

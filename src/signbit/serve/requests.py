@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from fastapi import HTTPException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, ValidationError
 
-#: Below it logits divided by the temperature leave float32, and greedy is what they tend to.
-_LOWEST_TEMPERATURE = 1e-5
+from signbit.serve.generate import LOWEST_TEMPERATURE
 
 
 class Refused(HTTPException):
@@ -30,7 +29,7 @@ def _printable(text: str) -> str:
 
 
 def _or_greedy(temperature: float) -> float:
-    return temperature if temperature >= _LOWEST_TEMPERATURE else 0.0
+    return temperature if temperature >= LOWEST_TEMPERATURE else 0.0
 
 
 class _Form(BaseModel):
