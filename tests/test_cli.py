@@ -176,7 +176,7 @@ def test_dry_run_writes_nothing_and_reads_no_weight(llama_dir, tmp_path, capsys)
         ("eval {llama} --ppl nothing.txt", "nothing.txt is no file, and no named set either"),
         ("eval {llama} --ppl wikitext2 --data-dir {empty}", "has no file for wikitext2"),
         ("eval {llama} --ppl wikitext2 --window 64", "are for texts of your own"),
-        ("eval {llama} --ppl {text} --window 64 --max-windows 0", "at least 1 window"),
+        ("eval {llama} --ppl {text} --window 64 --max-windows 0", "at least 1"),
         ("eval {llama} --ppl {text} --window 50 --json {tmp}/no/dir.json", "cannot be written"),
         ("generate {llama} ''", "the prompt is empty"),
         ("generate {llama} w3 --temperature -1", "--temperature is -1"),

@@ -87,9 +87,9 @@ def test_rows_are_cut_and_filled_up(instruct, tmp_path):
     assert limited.recipe["conversations"] == 1
 
 
-def test_of_a_prompt_and_its_completion_the_completion_is_learnt(tokenizer, tmp_path):
+def test_of_a_prompt_and_its_completion_the_completion_is_learnt(tokenizer, tmp_path, monkeypatch):
     """No template is needed; the end of the text is learnt, what the tokenizer puts in front is not."""
-    tokenizer.chat_template = None
+    monkeypatch.setattr(tokenizer, "chat_template", None)
     ids, learnt = tokens_of(tokenizer, Chat(("w1 w2 ", "w3 w4"), "here", 0))
     told = dict(zip(tokenizer.convert_ids_to_tokens(ids), learnt, strict=True))
     assert [told.pop(word) for word in ("w1", "w2", "w3", "w4", "</s>")] == [False, False, True, True, True]

@@ -12,6 +12,7 @@ import signbit
 from signbit.cli import main
 from signbit.errors import OptionError, WeightError
 from signbit.evaluate.perplexity import TextOptions, perplexity
+from signbit.evaluate.requests import Question, Requests, Task
 from signbit.hub import offload
 from signbit.hub.load import load_any
 from signbit.hub.offload import offloaded_perplexities
@@ -152,8 +153,7 @@ def test_the_command(deep_dir, text, tmp_path, capsys, monkeypatch):
     assert [r["nll"] for r in found] == [r["nll"] for r in whole]
     assert found[0]["offloaded"]
     assert "float32, exact, by blocks" in " ".join(capsys.readouterr().out.split())
-    (tmp_path / "asked.jsonl").write_text(
-        json.dumps({"signbit_requests": 1, "harness": "h", "limit": None, "tasks": [], "groups": []}) + "\n"
-    )
+    task, question = Task("t", "choice", ("acc",), 0, "1", 1, "here"), Question("t", 0, (("w1", " w2"),), (0,), (2,))
+    Requests("h", None, (task,), (), (question,)).write(tmp_path / "asked.jsonl")
     assert main(["eval", deep_dir, "--offload", "--requests", str(tmp_path / "asked.jsonl")]) == 1
     assert "--offload is for --ppl: tasks need the whole model" in capsys.readouterr().err

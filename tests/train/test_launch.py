@@ -150,7 +150,7 @@ def test_accelerate_reads_engine_machines_and_processes(engine, machines):
 def commands(launcher):
     """The words of the page's commands that begin with `launcher`."""
     lines = (LAUNCH / "README.md").read_text().replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in lines if line.startswith(f"    {launcher} ")]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith(f"{launcher} ")]
     assert found
     return found
 
