@@ -64,6 +64,17 @@ def tokenizer():
     return made
 
 
+@pytest.fixture
+def chosen_anew(monkeypatch):
+    """The instruction set is chosen and checked by this test, and again by what asks next."""
+    from signbit.ops import cpu
+
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    cpu.selected.cache_clear()
+    yield
+    cpu.selected.cache_clear()
+
+
 def tiny_llama_config(**changes):
     from transformers import LlamaConfig
 

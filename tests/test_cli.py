@@ -461,15 +461,6 @@ def test_dry_run_of_calibration(llama_dir, capsys):
     assert "no model was written" in out
 
 
-@pytest.fixture
-def fresh_choice(monkeypatch):
-    """No SIGNBIT_CPU, and an instruction set that is chosen anew, before and after."""
-    monkeypatch.delenv(cpu.VARIABLE, raising=False)
-    cpu.selected.cache_clear()
-    yield
-    cpu.selected.cache_clear()
-
-
 def break_kernels(monkeypatch, isa):
     """Makes the binary_linear of one instruction set give 2 for 1."""
     right = cpu.binary_linear
@@ -477,7 +468,7 @@ def break_kernels(monkeypatch, isa):
 
 
 @needs_kernels
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_shows_what_multiplies_and_checks_every_set(tmp_path, capsys):
     library, (chosen, reason) = native.library(), cpu.selected()
     code, printed, err = run(capsys, f"doctor --json {tmp_path}/doctor.json")
@@ -498,7 +489,7 @@ def test_doctor_shows_what_multiplies_and_checks_every_set(tmp_path, capsys):
     assert "model" not in facts
 
 
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_shows_every_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -520,7 +511,7 @@ def test_doctor_shows_every_gpu(monkeypatch, capsys):
     assert code == 1 and "the check of cuda:0 failed" in err
 
 
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_obeys_the_variable(monkeypatch, capsys):
     monkeypatch.setenv(cpu.VARIABLE, "reference")
     code, printed, _ = run(capsys, "doctor")
@@ -530,7 +521,7 @@ def test_doctor_obeys_the_variable(monkeypatch, capsys):
 
 
 @needs_kernels
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_says_which_sets_there_are_for_a_wrong_variable(monkeypatch, capsys):
     monkeypatch.setenv(cpu.VARIABLE, "sse9")
     code, _, err = run(capsys, "doctor")
@@ -539,7 +530,7 @@ def test_doctor_says_which_sets_there_are_for_a_wrong_variable(monkeypatch, caps
 
 
 @needs_kernels
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 @pytest.mark.parametrize("place", [0, -1], ids=["the chosen set", "another set"])
 def test_doctor_fails_if_any_set_is_wrong(place, tmp_path, monkeypatch, capsys):
     isa = list(native.library().runs)[place]
@@ -555,7 +546,7 @@ def test_doctor_fails_if_any_set_is_wrong(place, tmp_path, monkeypatch, capsys):
 
 
 @needs_kernels
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_reports_kernels_that_give_an_error(monkeypatch, capsys):
     from signbit.errors import SignbitError
 
@@ -571,7 +562,7 @@ def test_doctor_reports_kernels_that_give_an_error(monkeypatch, capsys):
     assert f"the check of {', '.join(native.library().runs)} failed" in err
 
 
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_without_kernels_says_what_to_do(tmp_path, monkeypatch, capsys):
     why = "this installation was built without a C++ compiler; install one and reinstall signbit"
     monkeypatch.setattr(native, "library", lambda: why)
@@ -585,7 +576,7 @@ def test_doctor_without_kernels_says_what_to_do(tmp_path, monkeypatch, capsys):
 
 
 @needs_kernels
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_names_the_layers_that_the_kernels_leave_out(llama_dir, tmp_path, capsys):
     out = tmp_path / "out"
     code, _, err = run(
@@ -607,7 +598,7 @@ def test_doctor_names_the_layers_that_the_kernels_leave_out(llama_dir, tmp_path,
     assert sorted(map(len, model["reference"].values())) == [2, 8]
 
 
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_doctor_refuses_a_model_that_is_not_packed(llama_dir, capsys):
     code, printed, err = run(capsys, f"doctor {llama_dir}")
     assert code == 1
@@ -616,7 +607,7 @@ def test_doctor_refuses_a_model_that_is_not_packed(llama_dir, capsys):
 
 
 @needs_kernels
-@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.usefixtures("chosen_anew")
 def test_generate_and_eval_run_on_the_kernels_and_give_what_plain_torch_gives(
     stories, shared, tmp_path, capsys, monkeypatch
 ):

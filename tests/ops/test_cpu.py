@@ -151,15 +151,6 @@ def test_several_tokens_of_many_rows(isa, kind, n, k, groups):
             laws.law_int8(BACKENDS[isa], w, dtype, tokens=tokens)
 
 
-@pytest.fixture
-def chosen_anew(monkeypatch):
-    """The instruction set is chosen and checked by this test, and again by what asks next."""
-    monkeypatch.delenv(cpu.VARIABLE, raising=False)
-    cpu.selected.cache_clear()
-    yield
-    cpu.selected.cache_clear()
-
-
 @needs_kernels
 @pytest.mark.parametrize(
     ("default", "around"),

@@ -177,11 +177,8 @@ def _beside(facts: Facts, subject: Subject, there: Facts | None, teacher: Subjec
     A file of results that has the agreement with this teacher (`there`) has errors of layers beside it too.
     """
     unknown = dict(facts.unknown)
-    known = (
-        []
-        if there is None or teacher is None or (there.agreement or {}).get("teacher") != teacher.name
-        else there.found()
-    )
+    same = there is not None and teacher is not None and (there.agreement or {}).get("teacher") == teacher.name
+    known = there.found() if there is not None and same else []
     for name in ("agreement", "layers") if facts.layers else ("agreement",):
         if name in known:
             continue

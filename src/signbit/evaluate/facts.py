@@ -168,11 +168,11 @@ def share_kept(model: Facts, teacher: Facts, metric: str = "acc", only: dict[str
     """
     mine, its = _by_task(model), _by_task(teacher)
     pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for name in [name for name in its if name in mine]:
+    for name, ways in its.items():
         alike = [
             (ours[1], theirs[1])
-            for ours in mine[name]
-            for theirs in its[name]
+            for ours in mine.get(name, ())
+            for theirs in ways
             if asked_alike(ours, theirs) and (only is None or (name in only and asked_alike(theirs, only[name])))
         ]
         if alike:
