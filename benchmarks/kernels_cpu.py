@@ -5,8 +5,10 @@
 
 A row is one matrix form (a scale a row, or one for 128 columns) times 1 token (decode) or 128 (prefill), in
 microseconds. Each call takes the next of several matrices, so that weights come from memory as they do in a model.
-Nothing is timed that is not correct: every matrix form is compared with the reference first. Measure on an idle
-machine: the threads of ggml wait for each other busily and lose most when disturbed.
+Nothing is timed that is not correct: every matrix form is compared with the reference first. All contenders take turns,
+round after round, and a ratio is the median of the rounds' own ratios: what slows a virtual machine down for a second, as
+when its host puts two of its processors on one core, slows both. Measure on an idle machine all the same: the threads of
+ggml wait for each other busily and lose most when disturbed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ggml import BLOCK, Ggml
-from benchmarks.rows import Row, lower_is_better, show
+from benchmarks.rows import Row, show
 from signbit.bits import unpack_signs
 from signbit.ops import cpu, native, reference
 from signbit.weight import BinaryWeight
@@ -65,7 +67,7 @@ def check(weight: BinaryWeight, prepared: cpu.Prepared, isa: str, x: torch.Tenso
             raise SystemExit(f"{isa}, {mode}: {error:.2g} off the reference; nothing is timed")
 
 
-def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml | None) -> list[Row]:
+def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml | None, rounds: int) -> list[Row]:
     """All rows of one shape, form and number of threads."""
     torch.set_num_threads(threads)
     count = max(2, CYCLED_BYTES * 8 // (rows * columns))
@@ -95,30 +97,34 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
         for weight, laid in zip(weights, prepared, strict=True) if tokens == 1 else [(weights[0], prepared[0])]:
             check(weight, laid, isa, x)
         runs = 60 if tokens == 1 else 8
-        peers = {}
+        calls: dict[str, tuple[Callable[[int], Any], int]] = {}  # of the next of so many matrices
         if runners := [matrix.runner(tokens, threads) for matrix in q1]:
             theirs = runners[0](x.numpy())
             off = np.abs(theirs - reference.binary_linear(x, weights[0].operands(), "exact").numpy()).max()
             if not off <= 0.03 * np.abs(theirs).max():
                 raise SystemExit(f"ggml is {off:.2g} off the reference; nothing is timed")
-            peers["ggml Q1_0"] = seconds(lambda i, r=runners: r[i % count](), runs, count)
+            calls["ggml Q1_0"] = (lambda i, r=runners: r[i % count]()), count
         for dtype in (torch.float32, torch.bfloat16):
             inputs, dense = x.to(dtype), [torch.randn(rows, columns, dtype=dtype) for _ in range(min(count, 4))]
-            peers[f"torch {str(dtype).removeprefix('torch.')}"] = seconds(
-                lambda i, u=inputs, d=dense: F.linear(u, d[i % len(d)]), runs, len(dense)
-            )
+            calls[f"torch {str(dtype).removeprefix('torch.')}"] = (
+                (lambda i, u=inputs, d=dense: F.linear(u, d[i % len(d)])), len(dense)
+            )  # fmt: skip
         for mode in ("int8", "exact"):
-            ours = seconds(lambda i, u=x, m=mode: ours_of[i % count](u, m), runs, count)
-            found += [
-                lower_is_better(f"{name} {mode}, {form}", 1e6 * ours, peer, 1e6 * s, "µs") for peer, s in peers.items()
-            ]
+            calls[mode] = (lambda i, u=x, m=mode: ours_of[i % count](u, m)), count
+        took = [{key: seconds(call, runs, distinct) for key, (call, distinct) in calls.items()} for _ in range(rounds)]
+        found += [
+            compared(f"{name} {mode}, {form}", peer, [(turn[mode], turn[peer]) for turn in took])
+            for mode in ("int8", "exact")
+            for peer in calls
+            if peer not in ("int8", "exact")
+        ]
     return found
 
 
-def median(same: tuple[Row, ...]) -> Row:
-    """Of both times: a neighbour on the machine may have disturbed one pass."""
-    ours, theirs = (statistics.median(getattr(row, name) for row in same) for name in ("ours", "theirs"))
-    return lower_is_better(same[0].work, ours, same[0].peer, theirs, same[0].unit)
+def compared(work: str, peer: str, pairs: list[tuple[float, float]]) -> Row:
+    """Medians of our seconds, of theirs, and of the ratios of both in one round."""
+    ours, theirs = (1e6 * statistics.median(side) for side in zip(*pairs, strict=True))
+    return Row(work, ours, peer, theirs, statistics.median(b / a for a, b in pairs), "µs")
 
 
 def bandwidth(threads: int) -> float:
@@ -157,7 +163,7 @@ def main() -> None:
         "--shapes", nargs="+", default=["4096x4096", "2048x2048", "5632x2048", "2048x5632", "11008x4096", "4096x11008"]
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--passes", type=int, default=3, help="over everything; each figure is the median of them")
+    parser.add_argument("--rounds", type=int, default=9, help="each figure is the median of so many")
     parser.add_argument("--isa", help="instruction set; the best that runs unless named")
     parser.add_argument(
         "--no-ggml", action="store_true", help="beside torch alone: ggml has to be downloaded and built"
@@ -175,15 +181,11 @@ def main() -> None:
     peer = "" if ggml is None else f", ggml of llama-cpp-python {ggml.version}"
     print(f"{isa}, torch {torch.__version__}{peer}")
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-    passes = [
-        [
-            row
-            for (n, k), group, threads in itertools.product(shapes, (-1, 128), args.threads)
-            for row in measure(n, k, group, threads, isa, ggml)
-        ]
-        for _ in range(args.passes)
+    rows = [
+        row
+        for (n, k), group, threads in itertools.product(shapes, (-1, 128), args.threads)
+        for row in measure(n, k, group, threads, isa, ggml, args.rounds)
     ]
-    rows = [median(same) for same in zip(*passes, strict=True)]
     if args.pass_7b:
         rows += [row for group in (-1, 128) for row in pass_7b(group, max(args.threads), isa)]
     show(rows, args.json)
