@@ -816,39 +816,14 @@ def test_a_machine_without_lm_eval_gives_the_same_numbers(rows_dir, stories, tmp
 
 
 def many_requests(file, documents=600):
-    words = [
-        "Once",
-        "upon",
-        "a",
-        "time",
-        "there",
-        "was",
-        "a",
-        "little",
-        "girl",
-        "who",
-        "had",
-        "a",
-        "dog",
-        "and",
-        "a",
-        "red",
-        "ball",
-        "to",
-        "play",
-        "with",
-    ]
+    words = "Once upon a time there was a little girl who had a dog and a red ball to play with".split()
     task = Task("made", "choice", ("acc",), 0, "1", documents, "here")
-    questions = tuple(
-        Question(
-            "made",
-            i,
-            tuple((" ".join(words[i % 7 :] * (1 + i % 9)) + f" {i}", f" {w}") for w in words[:4]),
-            (0,),
-            (1,) * 4,
-        )
-        for i in range(documents)
-    )
+
+    def choices(i):
+        context = " ".join(words[i % 7 :] * (1 + i % 9)) + f" {i}"
+        return tuple((context, f" {words[(i + step) % len(words)]}") for step in range(4))
+
+    questions = tuple(Question("made", i, choices(i), (i % 3,), (1,) * 4) for i in range(documents))
     Requests("made", None, (task,), (), questions).write(file)
 
 
