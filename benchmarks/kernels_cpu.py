@@ -6,9 +6,9 @@
 A row is one matrix form (a scale a row, or one for 128 columns) times 1 token (decode) or 128 (prefill), in
 microseconds. Each call takes the next of several matrices, so that weights come from memory as they do in a model.
 Nothing is timed that is not correct: every matrix form is compared with the reference first. All contenders take turns,
-round after round, and a ratio is the median of the rounds' own ratios: what slows a virtual machine down for a second, as
-when its host puts two of its processors on one core, slows both. Measure on an idle machine all the same: the threads of
-ggml wait for each other busily and lose most when disturbed.
+round after round; a figure is the median of the rounds. Measure on an idle machine: the threads of ggml wait for each
+other busily and lose most when disturbed. A virtual machine's host may put two of its processors on one core for a second
+and apart again: with --quartile there is a second row for each, of the lower quartile of the rounds, theirs as ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ggml import BLOCK, Ggml
-from benchmarks.rows import Row, show
+from benchmarks.rows import Row, lower_is_better, show
 from signbit.bits import unpack_signs
 from signbit.ops import cpu, native, reference
 from signbit.weight import BinaryWeight
@@ -67,7 +67,9 @@ def check(weight: BinaryWeight, prepared: cpu.Prepared, isa: str, x: torch.Tenso
             raise SystemExit(f"{isa}, {mode}: {error:.2g} off the reference; nothing is timed")
 
 
-def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml | None, rounds: int) -> list[Row]:
+def measure(
+    rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml | None, rounds: int, quartile: bool
+) -> list[Row]:
     """All rows of one shape, form and number of threads."""
     torch.set_num_threads(threads)
     count = max(2, CYCLED_BYTES * 8 // (rows * columns))
@@ -96,7 +98,6 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
         x = torch.randn(tokens, columns)
         for weight, laid in zip(weights, prepared, strict=True) if tokens == 1 else [(weights[0], prepared[0])]:
             check(weight, laid, isa, x)
-        runs = 60 if tokens == 1 else 8
         calls: dict[str, tuple[Callable[[int], Any], int]] = {}  # of the next of so many matrices
         if runners := [matrix.runner(tokens, threads) for matrix in q1]:
             theirs = runners[0](x.numpy())
@@ -111,20 +112,14 @@ def measure(rows: int, columns: int, group: int, threads: int, isa: str, ggml: G
             )  # fmt: skip
         for mode in ("int8", "exact"):
             calls[mode] = (lambda i, u=x, m=mode: ours_of[i % count](u, m)), count
+        runs = 60 if tokens == 1 else 4
         took = [{key: seconds(call, runs, distinct) for key, (call, distinct) in calls.items()} for _ in range(rounds)]
-        found += [
-            compared(f"{name} {mode}, {form}", peer, [(turn[mode], turn[peer]) for turn in took])
-            for mode in ("int8", "exact")
-            for peer in calls
-            if peer not in ("int8", "exact")
-        ]
+        modes = ("int8", "exact")
+        for mode, peer in itertools.product(modes, [key for key in calls if key not in modes]):
+            for part, words in ((0.5, ""), (0.25, ", lower quartile"))[: 1 + quartile]:
+                ours, theirs = (1e6 * float(np.quantile([turn[key] for turn in took], part)) for key in (mode, peer))
+                found.append(lower_is_better(f"{name} {mode}, {form}{words}", ours, peer, theirs, "µs"))
     return found
-
-
-def compared(work: str, peer: str, pairs: list[tuple[float, float]]) -> Row:
-    """Medians of our seconds, of theirs, and of the ratios of both in one round."""
-    ours, theirs = (1e6 * statistics.median(side) for side in zip(*pairs, strict=True))
-    return Row(work, ours, peer, theirs, statistics.median(b / a for a, b in pairs), "µs")
 
 
 def bandwidth(threads: int) -> float:
@@ -164,6 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9, help="each figure is the median of so many")
+    parser.add_argument("--quartile", action="store_true", help="also rows of the lower quartile of the rounds")
     parser.add_argument("--isa", help="instruction set; the best that runs unless named")
     parser.add_argument(
         "--no-ggml", action="store_true", help="beside torch alone: ggml has to be downloaded and built"
@@ -184,7 +180,7 @@ def main() -> None:
     rows = [
         row
         for (n, k), group, threads in itertools.product(shapes, (-1, 128), args.threads)
-        for row in measure(n, k, group, threads, isa, ggml, args.rounds)
+        for row in measure(n, k, group, threads, isa, ggml, args.rounds, args.quartile)
     ]
     if args.pass_7b:
         rows += [row for group in (-1, 128) for row in pass_7b(group, max(args.threads), isa)]
