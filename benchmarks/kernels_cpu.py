@@ -8,7 +8,7 @@ microseconds. Each call takes the next of several matrices, so that weights come
 Nothing is timed that is not correct: every matrix form is compared with the reference first. All contenders take turns,
 round after round; a figure is the median of the rounds. Measure on an idle machine: the threads of ggml wait for each
 other busily and lose most when disturbed. A virtual machine's host may put two of its processors on one core for a second
-and apart again: with --quartile there is a second row for each, of the lower quartile of the rounds, theirs as ours.
+and apart again: with --best there is a second row for each, of the best round of both sides.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check(weight: BinaryWeight, prepared: cpu.Prepared, isa: str, x: torch.Tenso
 
 
 def measure(
-    rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml | None, rounds: int, quartile: bool
+    rows: int, columns: int, group: int, threads: int, isa: str, ggml: Ggml | None, rounds: int, best: bool
 ) -> list[Row]:
     """All rows of one shape, form and number of threads."""
     torch.set_num_threads(threads)
@@ -116,21 +116,14 @@ def measure(
         took = [{key: seconds(call, runs, distinct) for key, (call, distinct) in calls.items()} for _ in range(rounds)]
         modes = ("int8", "exact")
         for mode, peer in itertools.product(modes, [key for key in calls if key not in modes]):
-            for part, words in ((0.5, ""), (0.25, ", lower quartile"))[: 1 + quartile]:
+            for part, words in ((0.5, ""), (0, ", best round"))[: 1 + best]:
                 ours, theirs = (1e6 * float(np.quantile([turn[key] for turn in took], part)) for key in (mode, peer))
                 found.append(lower_is_better(f"{name} {mode}, {form}{words}", ours, peer, theirs, "µs"))
     return found
 
 
-def bandwidth(threads: int) -> float:
-    """Bytes a second at which `threads` read memory that is in no cache: the best of several sums over 1 GiB."""
-    torch.set_num_threads(threads)
-    words = torch.ones(1 << 28)
-    return 4 * words.numel() / min(seconds(lambda _: words.sum(), 5) for _ in range(3))
-
-
-def pass_7b(group: int, threads: int, isa: str) -> list[Row]:
-    """One token through all linears of LLaMA-7B, each with weights of its own."""
+def pass_7b(group: int, threads: int, isa: str, rounds: int) -> list[Row]:
+    """One token through all linears of LLaMA-7B, each with weights of its own, beside a sum over 1 GiB by torch."""
     torch.set_num_threads(threads)
     shapes = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)] * 32
     multiply, read = [], 0
@@ -142,14 +135,18 @@ def pass_7b(group: int, threads: int, isa: str) -> list[Row]:
         read += 4 * prepared.signs.numel() + 2 * prepared.scale.numel()
         multiply.append(cpu.Multiplication(prepared, isa=isa))
     inputs = {columns: torch.randn(1, columns) for columns in (4096, 11008)}
-    most = bandwidth(threads)
-    found = []
+    words = torch.ones(1 << 28)
+    calls: dict[str, Callable[[int], Any]] = {"memory": lambda _: words.sum()}
     for mode in ("int8", "exact"):
-        took = seconds(lambda _, m=mode: [f(inputs[k], m) for f, (_, k) in zip(multiply, shapes, strict=True)], 5)
-        form = f"LLaMA-7B, {'row scale' if group < 0 else f'group {group}'}, {threads} threads"
-        work = f"decode {mode}, one pass of {form}"
-        found.append(Row(work, read / took / 1e9, "memory", most / 1e9, read / took / most, "GB/s"))
-    return found
+        calls[mode] = lambda _, m=mode: [f(inputs[k], m) for f, (_, k) in zip(multiply, shapes, strict=True)]
+    took = [{key: seconds(call, 3) for key, call in calls.items()} for _ in range(rounds)]
+    form = f"LLaMA-7B, {'row scale' if group < 0 else f'group {group}'}, {threads} threads"
+    most = 4 * words.numel() / statistics.median(turn["memory"] for turn in took)
+    rates = {mode: read / statistics.median(turn[mode] for turn in took) for mode in ("int8", "exact")}
+    return [
+        Row(f"decode {mode}, one pass of {form}", rate / 1e9, "memory", most / 1e9, rate / most, "GB/s")
+        for mode, rate in rates.items()
+    ]
 
 
 def main() -> None:
@@ -159,7 +156,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9, help="each figure is the median of so many")
-    parser.add_argument("--quartile", action="store_true", help="also rows of the lower quartile of the rounds")
+    parser.add_argument("--best", action="store_true", help="also rows of the best round of both sides")
     parser.add_argument("--isa", help="instruction set; the best that runs unless named")
     parser.add_argument(
         "--no-ggml", action="store_true", help="beside torch alone: ggml has to be downloaded and built"
@@ -180,10 +177,10 @@ def main() -> None:
     rows = [
         row
         for (n, k), group, threads in itertools.product(shapes, (-1, 128), args.threads)
-        for row in measure(n, k, group, threads, isa, ggml, args.rounds, args.quartile)
+        for row in measure(n, k, group, threads, isa, ggml, args.rounds, args.best)
     ]
     if args.pass_7b:
-        rows += [row for group in (-1, 128) for row in pass_7b(group, max(args.threads), isa)]
+        rows += [row for group in (-1, 128) for row in pass_7b(group, max(args.threads), isa, args.rounds)]
     show(rows, args.json)
 
 
