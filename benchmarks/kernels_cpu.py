@@ -126,13 +126,17 @@ def pass_7b(group: int, threads: int, isa: str, rounds: int) -> list[Row]:
     """One token through all linears of LLaMA-7B, each with weights of its own, beside a sum over 1 GiB by torch."""
     torch.set_num_threads(threads)
     shapes = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)] * 32
-    multiply, read = [], 0
+    multiply, read, checked = [], 0, set()
     for rows, columns in shapes:
         groups = columns // group if group > 0 else 1
         scale = torch.rand(1, rows, groups).half() + 0.1
         signs = torch.randint(0, 256, (1, rows, columns // 8), dtype=torch.uint8)
-        prepared = cpu.prepare(BinaryWeight(signs, scale, columns).operands())
+        weight = BinaryWeight(signs, scale, columns)
+        prepared = cpu.prepare(weight.operands())
         read += 4 * prepared.signs.numel() + 2 * prepared.scale.numel()
+        if (rows, columns) not in checked:
+            check(weight, prepared, isa, torch.randn(1, columns))
+            checked.add((rows, columns))
         multiply.append(cpu.Multiplication(prepared, isa=isa))
     inputs = {columns: torch.randn(1, columns) for columns in (4096, 11008)}
     words = torch.ones(1 << 28)

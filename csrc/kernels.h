@@ -28,7 +28,7 @@ struct Kernels {
 };
 
 extern const Kernels amx_kernels, avx512_kernels, avxvnni_kernels, avx2_kernels, neon_kernels, portable_kernels,
-    emulated_avx512_kernels, emulated_amx_kernels;
+    emulated_avxvnni_kernels, emulated_avx512_kernels, emulated_amx_kernels;
 
 } // namespace signbit
 #endif

@@ -871,8 +871,9 @@ int linear_by_matrix(const signbit_matrix &w, const signbit_call &call, const In
   return part.first_token < part.last_token ? others.linear(w, call, input, part) : SIGNBIT_OK;
 }
 
-// Rows of an int8 matrix that stay in the second-level cache while all tokens pass.
-constexpr int64_t PANEL_BYTES = 256 * 1024;
+// Rows of an int8 matrix that stay in the second-level cache while all tokens pass; so many tokens, whose floats and codes are
+// kept beside them.
+constexpr int64_t PANEL_BYTES = 256 * 1024, PASSING_TOKENS = 256;
 
 template <int R, int T>
 void float_dots(const int8_t *codes, int64_t columns, const float *x, int64_t padded, float (&sums)[R][T]) {
@@ -928,7 +929,7 @@ void int8_rows(const signbit_int8_matrix &w, bool integers, const float *x, cons
 }
 
 template <class Set>
-int int8_linear(const signbit_int8_matrix &w, const signbit_call &call, const Input &input, const Part &part) {
+int int8_pass(const signbit_int8_matrix &w, const signbit_call &call, const Input &input, const Part &part) {
   const bool integers = call.activations == SIGNBIT_INT8;
   const int64_t tokens = part.last_token - part.first_token;
   const int64_t padded = (w.columns + 31) / 32 * 32, panel = PANEL_BYTES / padded / 4 * 4 + 4;
@@ -953,6 +954,16 @@ int int8_linear(const signbit_int8_matrix &w, const signbit_call &call, const In
     for (; row < last; row++) int8_rows<1>(w, integers, x, q, step, padded, row, tokens, first, count, y);
     for (int64_t t = 0; t < tokens; t++)
       write_token(call, input, part.first_token + t, w.rows, first, last, y + t * count);
+  }
+  return SIGNBIT_OK;
+}
+
+template <class Set>
+int int8_linear(const signbit_int8_matrix &w, const signbit_call &call, const Input &input, const Part &all) {
+  Part part = all;
+  for (; part.first_token < all.last_token; part.first_token = part.last_token) {
+    part.last_token = least(part.first_token + PASSING_TOKENS, all.last_token);
+    if (const int error = int8_pass<Set>(w, call, input, part)) return error;
   }
   return SIGNBIT_OK;
 }

@@ -48,6 +48,24 @@ def test_state_weights_and_tensors_are_those_stored(kind):
         _ = prepared.weight_1
 
 
+@pytest.mark.parametrize("kind", cases.TERMS)
+def test_a_tensor_that_is_assigned_is_taken_and_one_that_is_read_is_a_copy(kind):
+    stored, prepared = twins(kind)
+    x = torch.randn(3, 128)
+    for change in (lambda layer: layer.scale.mul_(2), lambda layer: layer.weight.zero_()):
+        change(prepared)
+        same_state(stored, prepared)
+    want = prepared(x)
+    assert (stored(x) - want).abs().max() <= 1e-5 * want.abs().max()
+    for layer in (stored, prepared):
+        layer.scale = layer.scale * 2
+    assert prepared.prepared == () and "scale" not in prepared.__dict__
+    same_state(stored, prepared)
+    again = prepared(x)
+    assert prepared.prepared != () and not torch.equal(again, want)
+    assert (stored(x) - again).abs().max() <= 1e-5 * again.abs().max()
+
+
 def test_nothing_is_kept_twice():
     stored, prepared = twins("row")
     sizes = [sum(b.numel() * b.element_size() for b in layer.buffers()) for layer in (stored, prepared)]

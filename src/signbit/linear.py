@@ -269,13 +269,16 @@ class PackedLinear(nn.Module):
 
         Loaders call it, and the first inference does; before torch.compile somebody has to, or each call of the compiled
         layer lays the matrix out again. Nothing that is seen from outside changes: state_dict, `weights`
-        and the named tensors give the stored form, made again when they are asked for.
+        and the named tensors give the stored form, made again when they are asked for: copies, so that who wants to change
+        a tensor assigns it (`layer.scale = 2 * layer.scale`), and the layer is prepared anew.
         """
         with _preparing:
             if self._multiplies != "undecided":
                 return self._reason
-            if offloaded(self) or self._buffers["weight"].is_meta:  # type: ignore[union-attr]
+            if offloaded(self):
                 return "its weights come and go (offloaded by accelerate)"
+            if self._buffers["weight"].is_meta:  # type: ignore[union-attr]
+                return "its weights are on the meta device: they come later, or for each call"
             self._reason = self._prepare()
             self._multiplies = "kernels" if self._reason is None else "reference"
         if self.fused is not None:
@@ -345,13 +348,24 @@ class PackedLinear(nn.Module):
             return ()
         return tuple({mode for place in range(len(self._columns)) for mode in ops.better_dense(self._prepared(place))})
 
-    def __getattr__(self, name: str) -> Any:
-        # The stored tensors of a prepared layer are not there, but still have their names.
+    def _stored_name(self, name: str) -> tuple[str, int] | None:
+        """Which stored tensor of which matrix of the chain `name` is, if the layer is prepared: they are not there then."""
         stem, _, place = name.rpartition("_")
         stem, place = (stem, place) if place.isdigit() else (name, "0")
-        if stem in _TENSORS and self.__dict__.get("_multiplies") == "kernels" and int(place) < len(self._shapes):
-            return self._operands(int(place))[_TENSORS.index(stem)]
-        return super().__getattr__(name)
+        there = self.__dict__.get("_multiplies") == "kernels" and int(place) < len(self._shapes)
+        return (stem, int(place)) if there and stem in _TENSORS else None
+
+    def __getattr__(self, name: str) -> Any:
+        if (found := self._stored_name(name)) is None:
+            return super().__getattr__(name)
+        tensor = self._operands(found[1])[_TENSORS.index(found[0])]
+        # Some are made again, others are views of what the kernels read: a change in place would be lost, or not.
+        return tensor.clone() if isinstance(tensor, Tensor) else tensor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._stored_name(name) is not None:
+            self._restore()
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy may wake up in another process, on another device, or where there are no kernels: it gets the stored form.

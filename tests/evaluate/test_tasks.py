@@ -815,8 +815,11 @@ def test_a_machine_without_lm_eval_gives_the_same_numbers(rows_dir, stories, tmp
     assert "Traceback" not in refused.stderr
 
 
+STORY = "Once upon a time there was a little girl who had a dog and a red ball to play with"
+
+
 def many_requests(file, documents=600):
-    words = "Once upon a time there was a little girl who had a dog and a red ball to play with".split()
+    words = STORY.split()
     task = Task("made", "choice", ("acc",), 0, "1", documents, "here")
 
     def choices(i):

@@ -178,7 +178,8 @@ def test_shapes(backend, kind, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int8_head(backend, dtype, device):
-    laws.law_int8_linear(backend, dtype, device)
+    for n, k in ((19, 33), (19, 300), (70, 4096)):  # less than a vector; some and a rest; more rows than pass at once
+        laws.law_int8_linear(backend, dtype, device, n, k)
 
 
 def test_every_method_has_a_case():

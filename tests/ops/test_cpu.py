@@ -11,7 +11,7 @@ from tests.laws import cases, laws
 
 from signbit import bits
 from signbit.errors import OptionError, ShapeError
-from signbit.ops import BACKENDS, cpu, explain, int8_linear, layout, native, prepared_linear, reference
+from signbit.ops import BACKENDS, binary_linear, cpu, explain, int8_linear, layout, native, prepared_linear, reference
 
 needs_kernels = pytest.mark.skipif(isinstance(native.library(), str), reason=f"no CPU kernels: {native.library()}")
 KERNELS = [name for name, backend in BACKENDS.items() if backend.device == "cpu"]
@@ -232,8 +232,17 @@ print("asleep" if time.process_time() - began < 0.1 else "busy")
     assert done.stdout.split() == ["0", "2", "0", "1", "asleep"], done.stdout + done.stderr
 
 
+@pytest.fixture
+def four_threads():
+    """What runs all tests gives each process one thread, with which nobody waits for the pool."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
 @needs_kernels
-def test_other_python_threads_run_meanwhile():
+def test_other_python_threads_run_meanwhile(four_threads):
     multiply = cpu.Multiplication(cpu.prepare(cases.make("row", 4096, 4096).operands()))
     x, counted, done = torch.randn(512, 4096), 0, []
     with ThreadPoolExecutor(1) as pool:
@@ -265,7 +274,7 @@ def test_many_tokens_of_a_head():
 
 
 @needs_kernels
-def test_python_threads_agree():
+def test_python_threads_agree(four_threads):
     # Inputs of their own: memory that nobody wrote may hold the results of a call before.
     multiply = cpu.Multiplication(cpu.prepare(cases.make("group", 1000, 2304).operands()), isa=KERNELS[0])
     inputs = [torch.randn(3, 2304) for _ in range(200)]
@@ -273,6 +282,84 @@ def test_python_threads_agree():
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda x: multiply(x, "int8"), inputs))
     assert all(map(torch.equal, results, want))
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", KERNELS)
+def test_threads_share_rows_and_tokens(isa, four_threads):
+    multiply = cpu.Multiplication(cpu.prepare(cases.make("group", 200, 1024).operands()), isa=isa)
+    codes, scale = torch.randint(-127, 128, (300, 1024), dtype=torch.int8), torch.rand(300)
+    for tokens in (1, 3, 47, 48, 300):  # by rows below 12 a thread, by tokens from there; more than pass a head at once
+        x = torch.randn(tokens, 1024)
+        for mode in ("exact", "int8"):
+            shared = (
+                multiply(x, mode),
+                cpu.int8_linear(x[:30], codes, scale, mode, isa),
+                cpu.int8_linear(x, codes, scale, "int8", isa),
+            )
+            torch.set_num_threads(1)
+            alone = (
+                multiply(x, mode),
+                cpu.int8_linear(x[:30], codes, scale, mode, isa),
+                cpu.int8_linear(x, codes, scale, "int8", isa),
+            )
+            torch.set_num_threads(4)
+            for a, b in zip(shared, alone, strict=True):
+                assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@needs_kernels
+def test_a_fork_while_threads_are_inside():
+    code = """
+import os, threading, torch
+torch.set_num_threads(3)
+from signbit.ops import cpu
+from tests.laws import cases
+multiply = cpu.Multiplication(cpu.prepare(cases.make("row", 300, 1088).operands()))
+x = torch.randn(1, 1088)
+want, stop = multiply(x, "int8"), threading.Event()
+def work():
+    while not stop.is_set():
+        assert torch.equal(multiply(x, "int8"), want)
+threads = [threading.Thread(target=work) for _ in range(3)]
+[t.start() for t in threads]
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(multiply(x, "int8"), want) else 3)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+[t.join() for t in threads]
+"""
+    done = in_process(code, PYTHONPATH=os.pathsep.join([os.getcwd(), *sys.path]))
+    assert done.returncode == 0, done.stderr
+
+
+@needs_kernels
+def test_modes_dtypes_and_sizes_that_there_are_not():
+    w, x = cpu.prepare(cases.make("row").operands()), torch.randn(2, 128)
+    codes, scale = torch.ones(24, 128, dtype=torch.int8), torch.ones(24)
+    for call in (
+        lambda mode: binary_linear(x, cases.make("row").operands(), mode),
+        lambda mode: int8_linear(x, codes, scale, mode),
+        lambda mode: prepared_linear(x, w, mode),
+        lambda mode: cpu.Multiplication(w)(x, mode),
+    ):
+        with pytest.raises(OptionError, match="activations are 'int4'; allowed: exact, int8"):
+            call("int4")
+    with pytest.raises(ShapeError, match=r"the input is torch\.float64; the kernels take torch\.float32"):
+        cpu.Multiplication(w)(x.double(), "exact")
+    with pytest.raises(ShapeError, match=r"not those of a matrix of shape \[48, 128\]"):
+        prepared_linear(x, w._replace(shape=[48, *w.shape[1:]]))
+
+
+@needs_kernels
+def test_a_view_that_is_to_be_negated():
+    w, x = cases.make("row").operands(), torch.randn(2, 128)
+    codes, scale, negated = torch.ones(24, 128, dtype=torch.int8), torch.ones(24), torch._neg_view(x)
+    assert negated.is_neg()
+    assert torch.equal(cpu.binary_linear(negated, w, "exact"), cpu.binary_linear(-x, w, "exact"))
+    assert torch.equal(cpu.int8_linear(negated, codes, scale, "exact"), cpu.int8_linear(-x, codes, scale, "exact"))
 
 
 @needs_kernels

@@ -79,7 +79,7 @@ def prepare(w: Operands) -> Prepared:
 def better_dense(w: Prepared) -> tuple[str, ...]:
     """The modes in which many tokens are multiplied faster by a dense matrix that is unpacked for the call.
 
-    Measured (docs/results.md): a plane costs the kernels half of what the dense product does, and salient values, which
+    Measured (docs/speed.md): a plane costs the kernels half of what the dense product does, and salient values, which
     they gather one by one, 25 times what as many bits do; with int8 activations the reference is slower, and so later.
     """
     rows, columns, _, planes, *_ = w.shape
@@ -124,6 +124,11 @@ class Multiplication:
         for tensor in (*pointers, bias):
             if tensor is not None and not (tensor.device.type == "cpu" and tensor.is_contiguous()):
                 raise ShapeError(f"the CPU kernels take contiguous tensors on the CPU, not one on {tensor.device}")
+        laid = -(-rows // 16) * 16, -(-columns // 32)  # rows and words
+        if w.signs.numel() != sign_planes * laid[0] * laid[1] or w.scale.numel() != planes * groups * (
+            laid[0] if scale_rows else 1
+        ):
+            raise ShapeError(f"the prepared signs or scale are not those of a matrix of shape {[rows, columns]}")
         if bias is not None and (list(bias.shape) != [rows] or bias.dtype not in native.FLOATS):
             raise ShapeError(f"a bias is float32, bfloat16 or float16 [{rows}], not {bias.dtype} {list(bias.shape)}")
         self._signs, self._signs_at = w.signs, w.signs.data_ptr()
@@ -139,7 +144,7 @@ class Multiplication:
     def __call__(self, x: Tensor, activations: str) -> Tensor:
         """`x` is float32, bfloat16 or float16 [..., K] on the CPU; the result has its dtype, [..., N].
 
-        Raises ShapeError if x does not end in K columns.
+        Raises ShapeError if x does not end in K columns or has another dtype, OptionError for another mode.
         """
         shape = x.shape
         if not shape or shape[-1] != self._columns:
@@ -156,8 +161,8 @@ class Multiplication:
             bias is not None and (bias.data_ptr() != self._bias_at or bias.dtype is not self._bias_dtype)
         ):
             self._point()
-        if not x.is_contiguous():
-            x = x.contiguous()
+        if not x.is_contiguous() or x.is_neg():  # a view that says that its memory is to be read negated
+            x = x.resolve_neg().contiguous()
         y = x.new_empty(*shape[:-1], self._rows)  # not as a tuple: that takes half a microsecond longer
         key = (x.dtype, activations, torch.get_num_threads())
         call = self._calls.get(key) or self._call(*key)
@@ -168,6 +173,10 @@ class Multiplication:
         return y
 
     def _call(self, dtype: torch.dtype, activations: str, threads: int) -> tuple[int, native.Call]:
+        if dtype not in native.FLOATS:
+            raise ShapeError(f"the input is {dtype}; the kernels take {', '.join(map(str, native.FLOATS))}")
+        if activations not in native.ACTIVATIONS:
+            raise OptionError(f"activations are {activations!r}; allowed: {', '.join(native.ACTIVATIONS)}")
         call = _call(self._isa, activations, dtype, threads)
         call.norm_in, call.norm_out, call.norm_in_eps, call.norm_out_eps = self._norms
         if self.bias is not None:
@@ -187,7 +196,7 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str, isa: 
         pieces = zip(codes.split(_HEAD_ROWS), scale.split(_HEAD_ROWS), strict=True)
         with torch.autocast("cpu", enabled=False):
             return torch.cat([reference.int8_linear(x, c, s, activations) for c, s in pieces], dim=-1)
-    x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
+    x, codes, scale = x.resolve_neg().contiguous(), codes.contiguous(), scale.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
     matrix = native.Int8Matrix(rows, columns, native.FLOATS[scale.dtype], codes.data_ptr(), scale.data_ptr())
     call = _call(isa, activations, x.dtype, torch.get_num_threads())

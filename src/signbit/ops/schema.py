@@ -9,7 +9,7 @@ from torch import Tensor
 
 from signbit import bits
 from signbit.bits import Operands
-from signbit.errors import ShapeError
+from signbit.errors import OptionError, ShapeError
 from signbit.ops import dispatch
 from signbit.ops.prepared import Prepared
 
@@ -180,6 +180,11 @@ def _check_columns(x: Tensor, columns: int) -> None:
         raise ShapeError(f"the input is {x.dtype}; this layer takes floats")
 
 
+def _check_mode(activations: str, *allowed: str) -> None:
+    if activations not in allowed:
+        raise OptionError(f"activations are {activations!r}; allowed: {', '.join(allowed)}")
+
+
 def binary_linear(x: Tensor, w: Operands, activations: str = "exact") -> Tensor:
     """y = x · Wᵀ for the binarized matrix W that `w` holds.
 
@@ -187,9 +192,10 @@ def binary_linear(x: Tensor, w: Operands, activations: str = "exact") -> Tensor:
     `bits.dense` to rounding), "int8" (per-token abs-max codes, the reference's; a GPU may sum their products with scales of
     groups, shifts and salient values in float32, all else sums integers) or "sign".
     The gradient is that of the input alone, dx = dy · W, straight through any activation quantization.
-    Raises ShapeError if x does not end in K columns.
+    Raises ShapeError if x does not end in K columns, OptionError for another mode.
     """
     _check_columns(x, w.in_features)
+    _check_mode(activations, *dispatch.ACTIVATION_MODES, "sign")
     if w.signs.device != x.device:
         raise ShapeError(f"the input is on {x.device}, the matrix on {w.signs.device}")
     result: Tensor = torch.ops.signbit.binary_linear(x, *w, activations)
@@ -199,6 +205,7 @@ def binary_linear(x: Tensor, w: Operands, activations: str = "exact") -> Tensor:
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, activations: str = "exact") -> Tensor:
     """y = x · diag(scale)·codesᵀ for `codes` int8 [N, K] and `scale` float [N]; dtypes, modes and errors as above."""
     _check_columns(x, codes.shape[1])
+    _check_mode(activations, *dispatch.ACTIVATION_MODES)
     if codes.dtype is not torch.int8 or list(scale.shape) != [codes.shape[0]] or codes.device != x.device:
         raise ShapeError(
             f"an int8 matrix has int8 codes [N, K] and a scale [N] on the input's device, not {codes.dtype} "
@@ -221,9 +228,11 @@ def prepared_linear(
     """norm_out(W · norm_in(x)) + bias for a prepared matrix, as an op that torch.compile sees; norms on the CPU only.
 
     `x` is float32, bfloat16 or float16 [..., K]; the result has its dtype, [..., N]. Without norms and bias it has the
-    gradient of `binary_linear`. Raises ShapeError if x does not end in K columns.
+    gradient of `binary_linear`. Raises ShapeError if x does not end in K columns or has another dtype, OptionError for a mode
+    other than "exact" and "int8".
     """
     _check_columns(x, w.shape[1])
+    _check_mode(activations, *dispatch.ACTIVATION_MODES)
     result: Tensor = torch.ops.signbit.prepared_linear(
         x, *w, activations, bias, norm_in, norm_in_eps, norm_out, norm_out_eps
     )
