@@ -18,6 +18,9 @@ from tests.interop import originals
 
 #: Of the largest logit: what float32 rounding leaves through two blocks.
 ROUNDING = 2e-5
+#: BitNet-Transformers' layers bring their outputs to ±128 by the largest, and the last bits with them: by the reference and by
+#: some kernels, which add up in another order than its own product does, 4.4e-5 are left.
+ROUNDING_MAGNIFIED = 1e-4
 
 
 def llama(make=None, **changes):
@@ -148,7 +151,7 @@ def test_logits_are_the_originals_and_it_generates(form, tmp_path, ids, text, ca
     packed = [m for m in loaded.modules() if isinstance(m, PackedLinear)]
     assert len(packed) == len(originals.linears(model))
     assert all(w.signs.shape[0] <= 2 for m in packed for w in m.weights)
-    assert difference(model, out, ids) < ROUNDING
+    assert difference(model, out, ids) < (ROUNDING_MAGNIFIED if form == "bitnet-transformers" else ROUNDING)
     capsys.readouterr()
     assert main(["generate", out, "w3 w5", "--max-new-tokens", "4"]) == 0
     prompt = torch.tensor([[6, 8]])  # w3 w5
