@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
@@ -20,4 +21,7 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = _with_fsdp
-    sys.exit(main())
+    status = main()
+    if torch.distributed.is_initialized():  # at the interpreter's end gloo's threads may abort the process
+        torch.distributed.destroy_process_group()
+    sys.exit(status)

@@ -69,7 +69,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 def _averaged(rows: list[tuple[float, float, float, int]]) -> tuple[float, float, float, int]:
     tokens = sum(row[3] for row in rows)
     kl, same, mass = (sum(row[place] for row in rows) / tokens for place in range(3))
-    return kl, same, mass, tokens
+    return max(kl, 0.0), same, mass, tokens  # of equal models rounding can leave less than nothing
 
 
 def text_tokens(tokenizer: Any, text: str, data_dir: str | None, limit: int) -> TokenFile:
