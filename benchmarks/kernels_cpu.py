@@ -30,6 +30,7 @@ from signbit.bits import unpack_signs
 from signbit.ops import cpu, native, reference
 from signbit.weight import BinaryWeight
 
+MODES = ("int8", "exact")
 # So many bytes of packed bits are cycled through: more than a core's second-level cache.
 CYCLED_BYTES = 16 << 20
 # A square one, and the linears of a 1.3B and a 7B Llama.
@@ -110,12 +111,11 @@ def measure(
             calls[f"torch {str(dtype).removeprefix('torch.')}"] = (
                 (lambda i, u=inputs, d=dense: F.linear(u, d[i % len(d)])), len(dense)
             )  # fmt: skip
-        for mode in ("int8", "exact"):
+        for mode in MODES:
             calls[mode] = (lambda i, u=x, m=mode: ours_of[i % count](u, m)), count
         runs = 60 if tokens == 1 else 4
         took = [{key: seconds(call, runs, distinct) for key, (call, distinct) in calls.items()} for _ in range(rounds)]
-        modes = ("int8", "exact")
-        for mode, peer in itertools.product(modes, [key for key in calls if key not in modes]):
+        for mode, peer in itertools.product(MODES, [key for key in calls if key not in MODES]):
             for part, words in ((0.5, ""), (0, ", best round"))[: 1 + best]:
                 ours, theirs = (1e6 * float(np.quantile([turn[key] for turn in took], part)) for key in (mode, peer))
                 found.append(lower_is_better(f"{name} {mode}, {form}{words}", ours, peer, theirs, "µs"))
@@ -141,12 +141,12 @@ def pass_7b(group: int, threads: int, isa: str, rounds: int) -> list[Row]:
     inputs = {columns: torch.randn(1, columns) for columns in (4096, 11008)}
     words = torch.ones(1 << 28)
     calls: dict[str, Callable[[int], Any]] = {"memory": lambda _: words.sum()}
-    for mode in ("int8", "exact"):
+    for mode in MODES:
         calls[mode] = lambda _, m=mode: [f(inputs[k], m) for f, (_, k) in zip(multiply, shapes, strict=True)]
     took = [{key: seconds(call, 3) for key, call in calls.items()} for _ in range(rounds)]
     form = f"LLaMA-7B, {'row scale' if group < 0 else f'group {group}'}, {threads} threads"
     most = 4 * words.numel() / statistics.median(turn["memory"] for turn in took)
-    rates = {mode: read / statistics.median(turn[mode] for turn in took) for mode in ("int8", "exact")}
+    rates = {mode: read / statistics.median(turn[mode] for turn in took) for mode in MODES}
     return [
         Row(f"decode {mode}, one pass of {form}", rate / 1e9, "memory", most / 1e9, rate / most, "GB/s")
         for mode, rate in rates.items()
@@ -155,9 +155,7 @@ def pass_7b(group: int, threads: int, isa: str, rounds: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--shapes", nargs="+", default=["4096x4096", "2048x2048", "5632x2048", "2048x5632", "11008x4096", "4096x11008"]
-    )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9, help="each figure is the median of so many")
     parser.add_argument("--best", action="store_true", help="also rows of the best round of both sides")

@@ -36,7 +36,9 @@ bool has_f16c() {
   asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   return c >> 29 & 1;
 }
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && has_f16c(); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && has_f16c();
+}
 bool has_avxvnni() {
   unsigned a = 7, b, c = 1, d; // leaf 7.1
   asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));

@@ -7,19 +7,18 @@ import sys
 
 import pytest
 import torch
-from tests.evaluate.test_tasks import evaluated, many_requests
+from tests.evaluate.test_tasks import STORY, evaluated, many_requests
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 #: On a CPU `--cpu` starts but one process (more need mpirun); --multi_gpu is what two GPUs turn on by themselves.
 ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-STORY = "Once upon a time there was a little girl who had a dog and a red ball. "
 
 
 @pytest.fixture
 def command(stories, tmp_path, request):
     # A GPU takes so many texts at once that 90 documents are one process's.
     many_requests(tmp_path / "r.jsonl", documents=3000 if request.node.get_closest_marker("gpu") else 90)
-    (tmp_path / "story.txt").write_text(STORY * 40)
+    (tmp_path / "story.txt").write_text(f"{STORY}. " * 40)
     tasks = ["eval", stories, "--requests", str(tmp_path / "r.jsonl")]
     return [*tasks, "--ppl", str(tmp_path / "story.txt"), "--window", "64"]
 
